@@ -1,0 +1,254 @@
+"""The Llama-family decoder: one model, stacked layers, and an `attend` that the caller brings.
+
+The model never knows where its keys and values live. Every layer hands its queries, keys and
+values to `attend(layer, q, k, v, state) -> (out, state)`, and `state` (a page pool, or nothing)
+travels through the layer scan as its carry. Prefill, decoding, training and scoring are different
+`attend`s, not different models.
+
+Letters: L layers, V vocabulary, E embedding, F hidden size of the MLP, H query heads, K KV heads,
+D head size. `...` is any leading shape: [T] ragged tokens in the engine, [B, T] in training.
+"""
+
+import dataclasses
+import math
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+__all__ = ["Attend", "Decoder", "DecoderConfig", "Rope"]
+
+Array = jax.Array
+
+
+class Attend(Protocol):
+    """Where attention happens: the only thing that a decoder asks of its caller."""
+
+    def __call__(
+        self, layer: Array, q: Array, k: Array, v: Array, state: Any, /
+    ) -> tuple[Array, Any]:
+        """Attends with one layer's projections.
+
+        Args:
+            layer: int32 scalar (traced by the layer scan), 0 for the first layer.
+            q: [..., H, D], rotated.
+            k: [..., K, D], rotated.
+            v: [..., K, D].
+            state: an opaque pytree of fixed structure.
+
+        Returns:
+            The heads' outputs [..., H, D] in q's dtype, and the state.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary positions: base and, for models stretched past their training length, the scaling.
+
+    `kind` is "default", "linear" (frequencies divided by `factor`; Chen et al. 2023) or "llama3"
+    (Llama 3.1: low frequencies divided by `factor`, high ones kept, a ramp between).
+    """
+
+    theta: float = 10_000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+    def inverse_frequencies(self, head_dim: int) -> np.ndarray:
+        """Radians per position of each rotated pair, float32[D/2]."""
+        freq = self.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+        if self.kind == "linear":
+            freq = freq / self.factor
+        elif self.kind == "llama3":
+            turns = self.original_max_positions * freq / (2 * math.pi)
+            ramp = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+            keep = np.clip(ramp, 0.0, 1.0)
+            freq = keep * freq + (1 - keep) * freq / self.factor
+        return freq.astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Sizes and switches of one decoder.
+
+    `windows` holds for each layer how many of the last positions it sees, itself included; 0 is
+    all of them. `max_positions` is the longest sequence that the weights were made for.
+    """
+
+    vocab_size: int
+    num_layers: int
+    embed_dim: int
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    norm_eps: float = 1e-5
+    rope: Rope = Rope()
+    windows: tuple[int, ...] = ()
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_heads=} is no multiple of {self.num_kv_heads=}")
+        if len(self.windows) not in (0, self.num_layers):
+            raise ValueError(f"{self.windows=} names {len(self.windows)} of {self.num_layers=}")
+
+    def layer_windows(self) -> Array | None:
+        """The windows as int32[L] for `attend`, or None where every layer sees everything."""
+        return jnp.asarray(self.windows, jnp.int32) if any(self.windows) else None
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """Root-mean-square norm over the last axis, computed in float32, returned in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return x32.astype(x.dtype) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def rotate(x: Array, positions: Array, inverse_frequencies: np.ndarray) -> Array:
+    """Rotary embedding (Su et al. 2021) in the half-split layout of the Llama checkpoints.
+
+    Args:
+        x: [..., heads, D].
+        positions: int32[...].
+        inverse_frequencies: float32[D/2], radians per position.
+    """
+    freq = jnp.asarray(inverse_frequencies).reshape((1,) * positions.ndim + (1, -1))
+    angle = positions.astype(jnp.float32)[..., None, None] * freq
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """A product over the leading axes of `kernel`, with an optional bias over the others."""
+
+    def __init__(
+        self, inputs: tuple[int, ...], outputs: tuple[int, ...], bias: bool, dtype: Any,
+        *, rngs: nnx.Rngs,
+    ) -> None:  # fmt: skip
+        self.axes = len(inputs)
+        std = math.prod(inputs) ** -0.5
+        kernel = std * jax.random.normal(rngs.params(), inputs + outputs, jnp.float32)
+        self.kernel = nnx.Param(kernel.astype(dtype))
+        self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        kernel = self.kernel[...]
+        # float32 means float32, on accelerators too, where the default is a shorter product.
+        precision = "highest" if kernel.dtype == jnp.float32 else None
+        y = jnp.tensordot(x, kernel, self.axes, precision=precision)
+        if self.bias is None:
+            return y
+        bias = self.bias[...]
+        return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+
+class Block(nnx.Module):
+    """One layer: attention and a gated MLP, each behind a norm and beside a residual."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
+        c, dtype = config, jnp.dtype(config.dtype)
+        self.config = config
+        e, h, kv, d, f = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.mlp_dim
+        self.attn_norm = nnx.Param(jnp.ones((e,), dtype))
+        self.q = Linear((e,), (h, d), c.qkv_bias, dtype, rngs=rngs)
+        self.k = Linear((e,), (kv, d), c.qkv_bias, dtype, rngs=rngs)
+        self.v = Linear((e,), (kv, d), c.qkv_bias, dtype, rngs=rngs)
+        self.out = Linear((h, d), (e,), c.out_bias, dtype, rngs=rngs)
+        self.q_norm = nnx.Param(jnp.ones((d,), dtype)) if c.qk_norm else None
+        self.k_norm = nnx.Param(jnp.ones((d,), dtype)) if c.qk_norm else None
+        self.mlp_norm = nnx.Param(jnp.ones((e,), dtype))
+        self.gate = Linear((e,), (f,), c.mlp_bias, dtype, rngs=rngs)
+        self.up = Linear((e,), (f,), c.mlp_bias, dtype, rngs=rngs)
+        self.down = Linear((f,), (e,), c.mlp_bias, dtype, rngs=rngs)
+
+    def __call__(
+        self, layer: Array, x: Array, positions: Array, state: Any, attend: Attend
+    ) -> tuple[Array, Any]:
+        eps = self.config.norm_eps
+        freq = self.config.rope.inverse_frequencies(self.config.head_dim)
+        y = rms_norm(x, self.attn_norm[...], eps)
+        q, k, v = self.q(y), self.k(y), self.v(y)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = rms_norm(q, self.q_norm[...], eps), rms_norm(k, self.k_norm[...], eps)
+        q, k = rotate(q, positions, freq), rotate(k, positions, freq)
+        out, state = attend(layer, q, k, v, state)
+        x = x + self.out(out)
+        y = rms_norm(x, self.mlp_norm[...], eps)
+        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y)), state
+
+
+class Decoder(nnx.Module):
+    """A Llama, Qwen or Mistral decoder with stacked layers.
+
+    >>> config = DecoderConfig(vocab_size=8, num_layers=2, embed_dim=4, mlp_dim=8, num_heads=2,
+    ...                        num_kv_heads=1, head_dim=2, max_positions=16)
+    >>> graph, params = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
+    >>> params["blocks"]["q"]["kernel"].shape  # [L, E, H, D]
+    (2, 4, 2, 2)
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
+        dtype = jnp.dtype(config.dtype)
+        self.config = config
+        shape = (config.vocab_size, config.embed_dim)
+        embed = config.embed_dim**-0.5 * jax.random.normal(rngs.params(), shape, jnp.float32)
+        self.embed = nnx.Param(embed.astype(dtype))
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(in_axes=(0,))
+        def stack(rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs=rngs)
+
+        self.blocks = stack(rngs)
+        self.norm = nnx.Param(jnp.ones((config.embed_dim,), dtype))
+        self.head = None
+        if not config.tie_embeddings:
+            shape = (config.embed_dim,), (config.vocab_size,)
+            self.head = Linear(*shape, bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, tokens: Array, positions: Array, state: Any, attend: Attend
+    ) -> tuple[Array, Any]:
+        """Runs the layers.
+
+        Args:
+            tokens: int32[...] token ids.
+            positions: int32[...] true positions, which the rotary angles follow.
+            state: what `attend` carries from layer to layer.
+            attend: the attention, see `Attend`.
+
+        Returns:
+            The normed hidden states [..., E], ready for `logits`, and the state.
+        """
+        graph, blocks = nnx.split(self.blocks)
+
+        def layer_step(carry: tuple, layer_params: tuple) -> tuple[tuple, None]:
+            x, state = carry
+            layer, params = layer_params
+            return nnx.merge(graph, params)(layer, x, positions, state, attend), None
+
+        x = self.embed[...][tokens]
+        layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        (x, state), _ = jax.lax.scan(layer_step, (x, state), (layers, blocks))
+        return rms_norm(x, self.norm[...], self.config.norm_eps), state
+
+    def logits(self, hidden: Array) -> Array:
+        """Scores of the next token, float32[..., V], from hidden states [..., E]."""
+        if self.head is not None:
+            return self.head(hidden).astype(jnp.float32)
+        embed = self.embed[...]
+        precision = "highest" if embed.dtype == jnp.float32 else None
+        return jnp.einsum("...e,ve->...v", hidden, embed, precision=precision).astype(jnp.float32)
