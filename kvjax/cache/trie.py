@@ -1,0 +1,184 @@
+"""An index from token prefixes to the pages that hold their keys and values.
+
+Host side, plain Python. A node is one full page: the tokens in it, below the node of the page
+before. A branch is one sequence: its full pages are nodes, its last page may be partly filled and
+is its own until a fork shares it. Because the index is by content, two branches with the same
+tokens always share their full pages, however they came to be; with one token a page, the pages
+held are exactly the distinct prefixes of the live branches (Saffron-1, section 4.3).
+
+A token's page is indexed when the token is given to `extend`, which its caller must do in the same
+order as the device writes: whoever finds a page may then read it in the same step.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from kvjax.cache.ledger import OutOfPages, PageLedger
+
+__all__ = ["Branch", "Extension", "PrefixTrie"]
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Node:
+    parent: "_Node | None"
+    key: tuple[int, ...]
+    page: int
+    children: dict[tuple[int, ...], "_Node"] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Branch:
+    """One sequence: its tokens and the pages that hold them, in order. Read it, do not write it."""
+
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    pages: list[int] = dataclasses.field(default_factory=list)
+    _nodes: list[_Node] = dataclasses.field(default_factory=list)  # one per full page
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Extension:
+    """What an `extend` asks of the device.
+
+    Attributes:
+        matched: how many of the new tokens, from the first on, were found in other branches'
+            pages, where their keys and values already are.
+        copies: (source, target) pages to copy before anything is written.
+    """
+
+    matched: int
+    copies: tuple[tuple[int, int], ...]
+
+
+class PrefixTrie:
+    """Shares pages between sequences with equal beginnings; holds its references in a ledger.
+
+    >>> trie = PrefixTrie(PageLedger(num_pages=8), page_size=2)
+    >>> a, b = trie.insert([1, 2, 3, 4]), trie.insert([1, 2, 5, 6])
+    >>> a.pages, b.pages
+    ([0, 1], [0, 2])
+    """
+
+    def __init__(self, ledger: PageLedger, page_size: int) -> None:
+        self.ledger = ledger
+        self.page_size = page_size
+        self._root = _Node(None, (), -1)
+        self._node_of: dict[int, _Node] = {}
+        ledger.on_evict = self._forget
+
+    def match(self, branch: Branch, tokens: Sequence[int]) -> int:
+        """Extends a branch by the indexed pages that continue it.
+
+        Returns:
+            How many of `tokens` were found: whole pages, and only if the branch ends with one.
+        """
+        size, found = self.page_size, 0
+        if len(branch) % size:
+            return 0
+        node = branch._nodes[-1] if branch._nodes else self._root
+        while found + size <= len(tokens):
+            child = node.children.get(tuple(tokens[found : found + size]))
+            if child is None:
+                break
+            self.ledger.hold([child.page])
+            self._append(branch, child)
+            node, found = child, found + size
+        return found
+
+    def insert(self, tokens: Sequence[int]) -> Branch:
+        """A new branch that holds `tokens`.
+
+        Raises:
+            OutOfPages: nothing was taken.
+        """
+        branch = Branch()
+        self.extend(branch, tokens)
+        return branch
+
+    def fork(self, branch: Branch) -> Branch:
+        """A second branch with the same tokens and pages, a partly filled last one included."""
+        self.ledger.hold(branch.pages)
+        return Branch(list(branch.tokens), list(branch.pages), list(branch._nodes))
+
+    def extend(self, branch: Branch, tokens: Sequence[int]) -> Extension:
+        """Appends tokens, in shared pages where they are indexed, else in new ones.
+
+        Only the pages from `len(branch) // page_size` on change.
+
+        Raises:
+            OutOfPages: the branch is as it was.
+        """
+        length = len(branch)
+        matched = self.match(branch, tokens)
+        try:
+            copies = self._make_room(branch, len(tokens) - matched)
+        except OutOfPages:
+            self.truncate(branch, length)
+            raise
+        branch.tokens.extend(tokens[matched:])
+        for depth in range(len(branch._nodes), len(branch) // self.page_size):
+            self._index(branch, depth)
+        return Extension(matched, copies)
+
+    def truncate(self, branch: Branch, length: int) -> None:
+        """Forgets the tokens from `length` on and gives up the pages beyond."""
+        if not 0 <= length <= len(branch):
+            raise ValueError(f"{length=} is outside of the branch's {len(branch)} tokens")
+        pages = -(-length // self.page_size)
+        self.ledger.release(branch.pages[pages:])
+        del branch.tokens[length:], branch.pages[pages:]
+        del branch._nodes[length // self.page_size :]
+
+    def release(self, branch: Branch) -> None:
+        """Gives up a branch and all its pages; full ones stay findable until they are needed."""
+        self.truncate(branch, 0)
+
+    def _make_room(self, branch: Branch, n: int) -> tuple[tuple[int, int], ...]:
+        """Takes pages for n more tokens; the last page is copied unless only we can see it."""
+        if n == 0:
+            return ()
+        partial = len(branch) % self.page_size > 0
+        shared = partial and not self._is_private(branch.pages[-1])
+        new = -(-(len(branch) + n) // self.page_size) - len(branch.pages)
+        pages = self.ledger.take(new + shared)
+        copies: tuple[tuple[int, int], ...] = ()
+        if shared:
+            copies = ((branch.pages[-1], pages[0]),)
+            self.ledger.release([branch.pages[-1]])
+            branch.pages[-1] = pages[0]
+        branch.pages.extend(pages[shared:])
+        return copies
+
+    def _is_private(self, page: int) -> bool:
+        return self.ledger.count(page) == 1 and page not in self._node_of
+
+    def _index(self, branch: Branch, depth: int) -> None:
+        """Makes a page that has become full findable, or takes its twin if there is one."""
+        start = depth * self.page_size
+        key = tuple(branch.tokens[start : start + self.page_size])
+        parent = branch._nodes[-1] if branch._nodes else self._root
+        twin = parent.children.get(key)
+        if twin is None:
+            twin = _Node(parent, key, branch.pages[depth])
+            parent.children[key] = self._node_of[twin.page] = twin
+            self.ledger.index(twin.page)
+        else:
+            self.ledger.hold([twin.page])
+            self.ledger.release([branch.pages[depth]])
+            branch.pages[depth] = twin.page
+        branch._nodes.append(twin)
+
+    @staticmethod
+    def _append(branch: Branch, node: _Node) -> None:
+        branch.tokens.extend(node.key)
+        branch.pages.append(node.page)
+        branch._nodes.append(node)
+
+    def _forget(self, page: int) -> None:
+        # Whoever holds a page holds those before it, and `release` lets go of the last first: an
+        # evicted page is always a leaf.
+        node = self._node_of.pop(page)
+        assert node.parent is not None and not node.children
+        del node.parent.children[node.key]

@@ -1,0 +1,47 @@
+"""The contract of `page_write`."""
+
+import jax
+
+from kvjax.pallas_kernels.page_write.reference import page_write_reference
+
+__all__ = ["page_write"]
+
+Array = jax.Array
+
+
+def page_write(
+    k_pages: Array,
+    v_pages: Array,
+    layer: Array,
+    k: Array,
+    v: Array,
+    page: Array,
+    offset: Array,
+    *,
+    implementation: str | None = None,
+) -> tuple[Array, Array]:
+    """Writes one layer's keys and values of T tokens into a pool, in place if it is donated.
+
+    Args:
+        k_pages: [N, R, C, P, D].
+        v_pages: [N, R, C, P, D].
+        layer: int32 scalar of L; the page's own layer is `layer % R`.
+        k: [T, K, D], cast to the pool's dtype.
+        v: [T, K, D].
+        page: int32[K/C, T], the page of each token in each head group; N or above is dropped.
+        offset: int32[K/C, T], the token's place in its page.
+        implementation: "reference", or None for the best of the platform.
+
+    Returns:
+        The two pools.
+
+    Raises:
+        ValueError: shapes do not fit each other.
+        NotImplementedError: no such implementation here.
+    """
+    heads = page.shape[0] * k_pages.shape[2]
+    if k.shape != (page.shape[1], heads, k_pages.shape[-1]) or v.shape != k.shape:
+        raise ValueError(f"{k.shape=} {v.shape=} do not fit {k_pages.shape=} {page.shape=}")
+    if implementation not in (None, "reference"):
+        raise NotImplementedError(f"page_write has no {implementation=}")
+    return page_write_reference(k_pages, v_pages, layer, k, v, page, offset)
