@@ -1,0 +1,168 @@
+"""The engine: one pure step, compiled once for each declared shape, and the loop that feeds it."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kvjax.cache import (
+    CacheConfig,
+    KVPool,
+    PageLedger,
+    PageTable,
+    advance,
+    grow,
+    seat,
+    slots_of,
+    write_positions,
+)
+from kvjax.infer.sampling import sample
+from kvjax.models.attention import paged_attend
+from kvjax.models.decoder import DecoderConfig
+from kvjax.pallas_kernels.page_attention import Items, WorkList
+from kvjax.plan import Bucket, FirstCome, Grid, Planned, Sampled, StepPlan
+
+__all__ = ["Engine", "EngineState", "step"]
+
+Array = jax.Array
+
+# Rows that one call of `seat` gives their first pages; more need more calls.
+_SEATS = 8
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineState:
+    """All that lives on the device between steps.
+
+    Attributes:
+        pool: the pages.
+        table: the rows' pages.
+        last_token: int32[B], the token that each row sampled last.
+    """
+
+    pool: KVPool
+    table: PageTable
+    last_token: Array
+
+
+def step(
+    graph: nnx.GraphDef, grid: Grid, params: nnx.State, state: EngineState, plan: StepPlan
+) -> tuple[EngineState, Array]:
+    """Computes a plan: writes its tokens' keys and values, attends, draws the next tokens.
+
+    Args:
+        graph: of the decoder; static.
+        grid: static.
+        params: of the decoder.
+        state: donate it.
+        plan: of one of the grid's shapes.
+
+    Returns:
+        The state, and the tokens drawn, int32[B], in the plan's order.
+    """
+    decoder = nnx.merge(graph, params)
+    max_rows = state.last_token.shape[0]
+    tokens = jnp.where(
+        plan.token < 0, state.last_token[jnp.minimum(plan.row, max_rows - 1)], plan.token
+    )
+    table = grow(state.table, *plan.grow)
+    slots = slots_of(table, plan.row, plan.position, grid.page_size)
+    pool = write_positions(state.pool, plan.position, slots)
+    table = advance(table, plan.row)
+    attend = paged_attend(
+        slots, _work(grid, table, plan, max_rows), decoder.config.layer_windows()
+    )
+    hidden, pool = decoder(tokens, plan.position, pool, attend)
+    logits = decoder.logits(hidden[plan.sample])
+    position = plan.position[plan.sample] + 1
+    drawn = sample(logits, plan.temperature, plan.top_p, plan.seed, position)
+    last_token = state.last_token.at[plan.sample_row].set(drawn, mode="drop")
+    return EngineState(pool=pool, table=table, last_token=last_token), drawn
+
+
+def _work(grid: Grid, table: PageTable, plan: StepPlan, max_rows: int) -> WorkList:
+    items = [Items(index=plan.singles, count=plan.num_singles, max_queries=1,
+                   max_pages=grid.split_pages)]  # fmt: skip
+    if plan.tiles.shape[0]:
+        items.append(Items(index=plan.tiles, count=plan.num_tiles, max_queries=grid.tile_queries,
+                           max_pages=grid.split_pages))  # fmt: skip
+    return WorkList(
+        items=tuple(items),
+        pages=table.pages,
+        length=table.length,
+        query_position=jnp.where(plan.row < max_rows, plan.position, -1),
+    )
+
+
+def _seat(state: EngineState, rows: Array, pages: Array, length: Array) -> EngineState:
+    return dataclasses.replace(state, table=seat(state.table, rows, pages, length))
+
+
+class Engine:
+    """Answers requests: plans on the host, computes on the device.
+
+    Args:
+        graph, params: of `nnx.split(decoder)`.
+        model: the decoder's sizes.
+        cache: the cache's sizes.
+        grid: the planner's sizes.
+    """
+
+    def __init__(
+        self, graph: nnx.GraphDef, params: nnx.State, model: DecoderConfig,
+        cache: CacheConfig, grid: Grid,
+    ) -> None:  # fmt: skip
+        self.model, self.cache, self.grid = model, cache, grid
+        self._graph, self._params = graph, params
+        self._programs: dict[Bucket, Callable] = {}
+        self._seat: Callable | None = None
+        pool, table = cache.init()
+        last_token = jnp.zeros((cache.max_rows,), jnp.int32)
+        self.state = EngineState(pool=pool, table=table, last_token=last_token)
+        self.planner = FirstCome(grid, PageLedger(cache.num_pages))
+
+    def warm_up(self, progress: Callable[[int, int], Any] = lambda done, total: None) -> None:
+        """Compiles every shape of the grid; afterwards nothing is ever compiled."""
+        buckets = [b for b in self.grid.buckets if b not in self._programs]
+        run = jax.jit(functools.partial(step, self._graph, self.grid), donate_argnums=1)
+        for done, bucket in enumerate(buckets):
+            progress(done, len(buckets))
+            plan = StepPlan.empty(self.grid, bucket)
+            self._programs[bucket] = run.lower(self._params, self.state, plan).compile()
+        if self._seat is None:
+            args = self._seat_arguments([])
+            self._seat = jax.jit(_seat, donate_argnums=0).lower(self.state, *args).compile()
+        progress(len(buckets), len(buckets))
+
+    def run(self) -> Iterator[list[Sampled]]:
+        """Steps until the planner has nothing left; yields what each step has sampled."""
+        self.warm_up()
+        while self.planner.busy:
+            planned = self.planner.plan()
+            drawn = self._compute(planned)
+            yield self.planner.accept(drawn.tolist())
+
+    def _compute(self, planned: Planned) -> np.ndarray:
+        assert self._seat is not None
+        for start in range(0, len(planned.seats), _SEATS):
+            seats = list(planned.seats[start : start + _SEATS])
+            self.state = self._seat(self.state, *self._seat_arguments(seats))
+        program = self._programs[planned.bucket]
+        self.state, drawn = program(self._params, self.state, planned.step)
+        return np.asarray(drawn)
+
+    def _seat_arguments(
+        self, seats: list[tuple[int, list[int], int]]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rows = np.full(_SEATS, self.grid.max_rows, np.int32)
+        pages = np.full((_SEATS, self.grid.pages_per_row), self.cache.num_pages, np.int32)
+        length = np.zeros(_SEATS, np.int32)
+        for i, (row, prefix, tokens) in enumerate(seats):
+            rows[i], length[i], pages[i, : len(prefix)] = row, tokens, prefix
+        return rows, pages, length
