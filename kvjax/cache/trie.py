@@ -120,6 +120,8 @@ class PrefixTrie:
         branch.tokens.extend(tokens[matched:])
         for depth in range(len(branch._nodes), len(branch) // self.page_size):
             self._index(branch, depth)
+        if copies and copies[0][1] != branch.pages[length // self.page_size]:
+            copies = ()  # the filled page had a twin: the copy's page is free again
         return Extension(matched, copies)
 
     def truncate(self, branch: Branch, length: int) -> None:

@@ -61,7 +61,9 @@ class Rope:
 
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
         """Radians per position of each rotated pair, float32[D/2]."""
-        freq = self.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+        # Rounded where the checkpoints' own float32 code rounds: far positions magnify the last bit.
+        exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        freq = np.float32(1) / (self.theta ** exponent.astype(np.float64)).astype(np.float32)
         if self.kind == "linear":
             freq = freq / self.factor
         elif self.kind == "llama3":
@@ -214,10 +216,9 @@ class Decoder(nnx.Module):
 
         self.blocks = stack(rngs)
         self.norm = nnx.Param(jnp.ones((config.embed_dim,), dtype))
-        self.head = None
-        if not config.tie_embeddings:
-            shape = (config.embed_dim,), (config.vocab_size,)
-            self.head = Linear(*shape, bias=False, dtype=dtype, rngs=rngs)
+        head = (config.embed_dim,), (config.vocab_size,)
+        untied = not config.tie_embeddings
+        self.head = Linear(*head, bias=False, dtype=dtype, rngs=rngs) if untied else None
 
     def __call__(
         self, tokens: Array, positions: Array, state: Any, attend: Attend

@@ -8,6 +8,7 @@ planned, so a prefix that several prompts share is computed once and found by al
 
 import dataclasses
 from collections import deque
+from collections.abc import Collection
 
 from kvjax.cache.ledger import PageLedger
 from kvjax.cache.trie import Branch, PrefixTrie
@@ -112,10 +113,10 @@ class FirstCome:
             )
         self._waiting.append(request)
 
-    def cancel(self, request_id: int) -> None:
-        """Forgets a request, wherever it is, between an `accept` and the next `plan`."""
-        self._waiting = deque(r for r in self._waiting if r.id != request_id)
-        for row in [row for row in self._rows if row.request.id == request_id]:
+    def cancel(self, ids: Collection[int]) -> None:
+        """Forgets requests, wherever they are, between an `accept` and the next `plan`."""
+        self._waiting = deque(r for r in self._waiting if r.id not in ids)
+        for row in [row for row in self._rows if row.request.id in ids]:
             self._leave(row)
 
     def plan(self) -> Planned:

@@ -1,0 +1,52 @@
+"""The command `kvjax`: finds the program that is asked for and speaks for it when it fails."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from kvjax.errors import InputError
+
+__all__ = ["main"]
+
+# Name -> (module with a `main(argv) -> int`, what it does). Imported only when it is asked for.
+_COMMANDS = {
+    "generate": ("kvjax.infer.commands.generate", "continue a prompt, or answer a question"),
+    "batch": ("kvjax.infer.commands.batch", "answer a file of requests"),
+    "train lm": ("kvjax.train.lm", "train a small language model"),
+}
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {what}" for name, (_, what) in _COMMANDS.items()]
+    return "usage: kvjax COMMAND [OPTIONS]\n\ncommands:\n{}\n\n{}".format(
+        "\n".join(lines), "`kvjax COMMAND --help` says what a command takes."
+    )
+
+
+def _find(argv: Sequence[str]) -> tuple[str, list[str]]:
+    for name, (module, _) in _COMMANDS.items():
+        words = name.split()
+        if list(argv[: len(words)]) == words:
+            return module, list(argv[len(words) :])
+    asked = " ".join(argv[:2]) if argv[:1] == ["train"] else argv[0]
+    raise InputError(f"no command {asked!r}: use one of {', '.join(_COMMANDS)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit status.
+
+    Input that cannot be used ends in one line on stderr and status 2, an interrupt in status 130.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    try:
+        module, rest = _find(argv)
+        return importlib.import_module(module).main(rest)
+    except InputError as e:
+        print(f"kvjax: error: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("kvjax: interrupted; what was written is kept", file=sys.stderr)
+        return 130

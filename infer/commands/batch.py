@@ -1,0 +1,82 @@
+"""`kvjax batch`: answers a file of requests."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+from kvjax.infer.batch import BatchSummary, read_requests, run_batch
+from kvjax.infer.commands.shared import ModelOptions, warm_up
+from kvjax.infer.compilations import CompilationCount
+from kvjax.infer.llm import LLM
+
+__all__ = ["Batch", "main"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch(ModelOptions):
+    """Answer a file of requests in the OpenAI batch form (one JSON object a line).
+
+    Each answer is appended to the output when it is finished. Run the same command again after an
+    interruption: what is answered is kept, the rest is answered.
+    """
+
+    input: tyro.conf.Positional[Path]
+    """Requests: {"custom_id", "method", "url", "body"} a line."""
+    output: tyro.conf.Positional[Path]
+    """Answers: {"id", "custom_id", "response", "error"} a line, as they finish."""
+    max_rows: int = 64
+    """Requests that are answered at the same time."""
+    json: bool = False
+    """End with one JSON object on stdout."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, or 1 if a request failed."""
+    args = tyro.cli(Batch, prog="kvjax batch", args=argv)
+    requests = read_requests(args.input)
+    llm = args.load(min(args.max_rows, len(requests)))
+    warm_up(llm)
+    start = time.perf_counter()
+    with (
+        CompilationCount() as compiled,
+        tqdm(total=len(requests), unit="request", disable=None) as bar,
+    ):
+
+        def progress(done: int, failed: int) -> None:
+            bar.set_postfix(failed=failed, refresh=False)
+            bar.update(done - bar.n)
+
+        summary = run_batch(llm, requests, args.output, model=args.model, progress=progress)
+    seconds = time.perf_counter() - start
+    _report(args, llm, summary, seconds, compiled.count)
+    return 1 if summary.failed else 0
+
+
+def _report(args: Batch, llm: LLM, summary: BatchSummary, seconds: float, compiled: int) -> None:
+    planner = llm.engine.planner
+    figures = {
+        **dataclasses.asdict(summary),
+        "prefill_tokens_computed": planner.prefill_tokens_computed,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(summary.output_tokens / seconds, 1),
+        "peak_pages": planner.ledger.peak,
+        "compilations_after_warmup": compiled,
+    }
+    if args.json:
+        print(json.dumps(figures))
+        return
+    answered = summary.requests - summary.failed
+    resumed = f" ({summary.resumed} by an earlier run)" if summary.resumed else ""
+    print(
+        f"{answered} of {summary.requests} requests answered{resumed} in {seconds:.1f} s, "
+        f"{figures['tokens_per_second']:.0f} tokens/s; of {summary.prompt_tokens} prompt tokens "
+        f"{planner.prefill_tokens_computed} were computed, the others shared. See {args.output}"
+    )
+    if summary.failed:
+        print(f"{summary.failed} failed: their lines say why", file=sys.stderr)

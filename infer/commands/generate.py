@@ -1,0 +1,127 @@
+"""`kvjax generate`: continues a prompt and shows the answer as it is generated."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from kvjax.errors import InputError
+from kvjax.infer.commands.shared import ModelOptions, warm_up
+from kvjax.infer.compilations import CompilationCount
+from kvjax.infer.llm import LLM, Completion, Prompt
+from kvjax.infer.sampling import SamplingParams
+
+__all__ = ["Generate", "main"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(ModelOptions):
+    """Continue a prompt. With a chat model the prompt is the user's message, unless --raw."""
+
+    prompt: tyro.conf.Positional[str | None] = None
+    """The prompt; without it, --file or standard input is read."""
+    file: Path | None = None
+    """Read the prompt from this file; - is standard input."""
+    system: str | None = None
+    """A system message to put before the prompt; @FILE reads it from a file."""
+    raw: bool = False
+    """Give the model the text as it is, without its chat template."""
+    max_tokens: int | None = None
+    """The most tokens to generate; by default until the model ends or its context is full."""
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens whose probabilities reach this."""
+    seed: int = 0
+    """Of the draws."""
+    json: bool = False
+    """Print nothing but one JSON object with the answer and its figures."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    args = tyro.cli(Generate, prog="kvjax generate", args=argv)
+    try:
+        params = SamplingParams(
+            max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p,
+            seed=args.seed,
+        )  # fmt: skip
+    except ValueError as e:
+        raise InputError(str(e)) from e
+    text = _text(args)
+    llm = args.load(max_rows=1)
+    prompt = _prompt(args, llm, text)
+    llm.check(prompt)
+    warm_up(llm)
+    start = time.perf_counter()
+    with CompilationCount() as compiled:
+        completion = _stream(llm, prompt, params, quiet=args.json)
+    if args.json:
+        _print_json(llm, completion, time.perf_counter() - start, compiled.count)
+    return 0
+
+
+def _text(args: Generate) -> str:
+    if args.prompt is not None and args.file is not None:
+        raise InputError("a prompt and --file: give one of them")
+    if args.prompt is not None:
+        return args.prompt
+    if args.file is None and sys.stdin.isatty():
+        raise InputError('no prompt: give it as an argument, by --file, or on standard input')
+    if args.file is None or str(args.file) == "-":
+        return sys.stdin.read()
+    return _read(args.file)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror}: give a readable text file") from e
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: not UTF-8 text at byte {e.start}") from e
+
+
+def _prompt(args: Generate, llm: LLM, text: str) -> Prompt:
+    if args.raw or not llm.tokenizer.has_chat_template:
+        if args.system is not None:
+            raise InputError("--system needs a model with a chat template, and no --raw")
+        return text
+    messages = [{"role": "user", "content": text}]
+    if args.system is not None:
+        system = args.system
+        system = _read(Path(system[1:])) if system.startswith("@") else system
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
+
+
+def _stream(llm: LLM, prompt: Prompt, params: SamplingParams, *, quiet: bool) -> Completion:
+    completion = None
+    for chunk in llm.stream(prompt, params):
+        if not quiet:
+            print(chunk.text, end="", flush=True)
+        completion = chunk.completion
+    if not quiet:
+        print()
+    assert completion is not None  # the last chunk has it
+    return completion
+
+
+def _print_json(llm: LLM, completion: Completion, seconds: float, compiled: int) -> None:
+    planner, generated = llm.engine.planner, len(completion.token_ids)
+    figures = {
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": completion.prompt_tokens,
+        "prefill_tokens_computed": planner.prefill_tokens_computed,
+        "output_tokens": generated,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(generated / seconds, 1),
+        "peak_pages": planner.ledger.peak,
+        "compilations_after_warmup": compiled,
+    }
+    print(json.dumps(figures, ensure_ascii=False))

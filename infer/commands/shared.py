@@ -1,0 +1,70 @@
+"""What several commands share: the options of a model, sizes in bytes, progress."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Annotated
+
+import tyro
+from tqdm import tqdm
+
+from kvjax.errors import InputError
+from kvjax.infer.llm import LLM
+
+__all__ = ["ModelOptions", "parse_bytes", "warm_up"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, and how it is held."""
+
+    model: str = "tiny"
+    """A Hugging Face folder, a finished run of `kvjax train lm`, or a built-in model (tiny)."""
+    dtype: str | None = None
+    """float32 or bfloat16; by default as the weights are stored."""
+    kv_memory: Annotated[str | None, tyro.conf.arg(metavar="SIZE")] = None
+    """Memory for the KV cache, such as 512MiB or 2GiB; by default most of what the device has."""
+    max_length: int | None = None
+    """The longest sequence in tokens, prompt and answer together."""
+
+    def load(self, max_rows: int) -> LLM:
+        """The model with room for `max_rows` requests at a time."""
+        for name in ("max_length",):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be 1 or more, not {value}")
+        if max_rows < 1:
+            raise InputError(f"--max-rows must be 1 or more, not {max_rows}")
+        memory = None if self.kv_memory is None else parse_bytes(self.kv_memory)
+        return LLM.load(
+            self.model, dtype=self.dtype, kv_memory=memory, max_length=self.max_length,
+            max_rows=max_rows,
+        )  # fmt: skip
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as "2GiB", "500MB" or "1048576".
+
+    >>> parse_bytes("2KiB"), parse_bytes("1.5 GB")
+    (2048, 1500000000)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise InputError(f"{text!r} is no size: write a number of bytes, or such as 512MiB or 2GiB")
+    number, prefix, binary = match.groups()
+    power = " KMGT".index(prefix.upper()) if prefix else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+def warm_up(llm: LLM) -> None:
+    """Compiles the engine's programs behind a progress bar (on a terminal)."""
+    with tqdm(desc="compiling", unit="program", disable=None, leave=False) as bar:
+        llm.engine.warm_up(_follow(bar))
+
+
+def _follow(bar: tqdm) -> Callable[[int, int], None]:
+    def progress(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return progress
