@@ -20,6 +20,7 @@ from kvjax.infer.sampling import SamplingParams
 __all__ = ["BatchRequest", "BatchSummary", "read_requests", "run_batch"]
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+_OURS = b'{"id": "batch_req_'  # how every line of an output begins
 
 # What a body may say beside what is used; the value, where one stands, is the only one allowed.
 _IGNORED = {"user", "metadata", "store", "model", "service_tier", "stream_options"}
@@ -183,16 +184,13 @@ def run_batch(
 
 
 def _resume(output: Path, model: str) -> set[str]:
-    """The ids that the file has answers for; everything else in it is removed."""
+    """The ids that the file has answers for; what an interrupted or failed run left is removed."""
     try:
-        lines = output.read_bytes().split(b"\n") if output.exists() else []
-        kept: dict[str, bytes] = {}
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            custom_id = _answered_id(output, number, line, model)
-            if custom_id is not None:
-                kept[custom_id] = line
+        *lines, torn = output.read_bytes().split(b"\n") if output.exists() else [b""]
+        if torn and not torn.startswith(_OURS[: len(torn)]):
+            raise _not_ours(output, len(lines) + 1)
+        ids = [_answered_id(output, i, line, model) for i, line in enumerate(lines, 1)]
+        kept = {i: line for i, line in zip(ids, lines, strict=True) if i is not None}
         rewritten = output.with_name(output.name + ".tmp")
         rewritten.write_bytes(b"".join(line + b"\n" for line in kept.values()))
         rewritten.replace(output)
@@ -202,23 +200,23 @@ def _resume(output: Path, model: str) -> set[str]:
 
 
 def _answered_id(output: Path, number: int, line: bytes, model: str) -> str | None:
+    """The id of an answered request, or None for one that failed."""
     try:
         record = json.loads(line)
-        body = (record["response"] or {}).get("body", {})
-        custom_id, other = record["custom_id"], body.get("model")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        # Torn by the end of an earlier run; but what is not ours is not ours to overwrite.
-        if b'"custom_id"' in line or b'{"id"'.startswith(line[:5]):
-            return None
-        raise InputError(
-            f"{output}: line {number} is no answer of a batch: give another output file"
-        ) from None
+        custom_id, response = record["custom_id"], record["response"]
+        other = None if response is None else response["body"]["model"]
+    except (ValueError, KeyError, TypeError):
+        raise _not_ours(output, number) from None
     if other is not None and other != model:
         raise InputError(
             f"{output}: holds answers of model {other!r}, not {model!r}: "
             "give another output file or delete it"
         )
-    return custom_id if other is not None else None
+    return None if other is None else custom_id
+
+
+def _not_ours(output: Path, line: int) -> InputError:
+    return InputError(f"{output}: line {line} is no answer of a batch: give another output file")
 
 
 def _answer(

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
@@ -75,9 +76,7 @@ def step(
     slots = slots_of(table, plan.row, plan.position, grid.page_size)
     pool = write_positions(state.pool, plan.position, slots)
     table = advance(table, plan.row)
-    attend = paged_attend(
-        slots, _work(grid, table, plan, max_rows), decoder.config.layer_windows()
-    )
+    attend = paged_attend(slots, _work(grid, table, plan, max_rows), decoder.config.layer_windows())
     hidden, pool = decoder(tokens, plan.position, pool, attend)
     logits = decoder.logits(hidden[plan.sample])
     position = plan.position[plan.sample] + 1
@@ -129,16 +128,22 @@ class Engine:
 
     def warm_up(self, progress: Callable[[int, int], Any] = lambda done, total: None) -> None:
         """Compiles every shape of the grid; afterwards nothing is ever compiled."""
-        buckets = [b for b in self.grid.buckets if b not in self._programs]
+        if self._programs:
+            return
+        args = self._seat_arguments([])
+        self._seat = jax.jit(_seat, donate_argnums=0).lower(self.state, *args).compile()
         run = jax.jit(functools.partial(step, self._graph, self.grid), donate_argnums=1)
-        for done, bucket in enumerate(buckets):
-            progress(done, len(buckets))
-            plan = StepPlan.empty(self.grid, bucket)
-            self._programs[bucket] = run.lower(self._params, self.state, plan).compile()
-        if self._seat is None:
-            args = self._seat_arguments([])
-            self._seat = jax.jit(_seat, donate_argnums=0).lower(self.state, *args).compile()
-        progress(len(buckets), len(buckets))
+        lowered = {
+            bucket: run.lower(self._params, self.state, StepPlan.empty(self.grid, bucket))
+            for bucket in self.grid.buckets
+        }
+        # XLA compiles outside of the interpreter's lock: side by side on as many cores as there are.
+        with ThreadPoolExecutor() as threads:
+            compiling = {threads.submit(low.compile): bucket for bucket, low in lowered.items()}
+            progress(0, len(compiling))
+            for done, program in enumerate(as_completed(compiling), 1):
+                self._programs[compiling[program]] = program.result()
+                progress(done, len(compiling))
 
     def run(self) -> Iterator[list[Sampled]]:
         """Steps until the planner has nothing left; yields what each step has sampled."""

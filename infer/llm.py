@@ -14,7 +14,7 @@ from kvjax.errors import InputError
 from kvjax.infer.engine import Engine
 from kvjax.infer.sampling import SamplingParams
 from kvjax.models import hf
-from kvjax.models.tokenizer import StreamDecoder, Tokenizer
+from kvjax.models.tokenizer import TextStream, Tokenizer
 from kvjax.plan import Grid, Request, Sampled
 
 __all__ = ["BUILT_IN_MODELS", "LLM", "Chunk", "Completion", "Prompt", "find_model"]
@@ -203,7 +203,7 @@ class LLM:
             temperature=params.temperature,
             top_p=params.top_p,
             seed=index if params.seed is None else params.seed,
-            stop_ids=frozenset() if params.ignore_eos else self.tokenizer.eos_ids,
+            stop_ids=frozenset() if params.ignore_eos else frozenset(self.tokenizer.eos_ids),
         )
 
     def _run(self, requests: list[Request]) -> Iterator[Chunk]:
@@ -224,15 +224,15 @@ class LLM:
 class _Answer:
     index: int
     prompt_tokens: int
-    decoder: StreamDecoder
+    stream: TextStream
     token_ids: list[int] = dataclasses.field(default_factory=list)
     pieces: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, sampled: Sampled) -> Chunk:
         self.token_ids.append(sampled.token)
-        text = self.decoder.step(sampled.token)
+        text = self.stream.push(sampled.token)
         if sampled.finish_reason:
-            text += self.decoder.flush()
+            text += self.stream.flush()
         self.pieces.append(text)
         completion = None
         if sampled.finish_reason:

@@ -40,9 +40,7 @@ class SamplingParams:
             raise ValueError(f"seed must be from 0 to 4294967295, not {self.seed}")
 
 
-def sample(
-    logits: Array, temperature: Array, top_p: Array, seed: Array, position: Array
-) -> Array:
+def sample(logits: Array, temperature: Array, top_p: Array, seed: Array, position: Array) -> Array:
     """Chooses a token for each row; a row's choice depends on its own arguments alone.
 
     Args:

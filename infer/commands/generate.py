@@ -71,7 +71,7 @@ def _text(args: Generate) -> str:
     if args.prompt is not None:
         return args.prompt
     if args.file is None and sys.stdin.isatty():
-        raise InputError('no prompt: give it as an argument, by --file, or on standard input')
+        raise InputError("no prompt: give it as an argument, by --file, or on standard input")
     if args.file is None or str(args.file) == "-":
         return sys.stdin.read()
     return _read(args.file)
@@ -87,7 +87,7 @@ def _read(path: Path) -> str:
 
 
 def _prompt(args: Generate, llm: LLM, text: str) -> Prompt:
-    if args.raw or not llm.tokenizer.has_chat_template:
+    if args.raw or not llm.tokenizer.chat_template:
         if args.system is not None:
             raise InputError("--system needs a model with a chat template, and no --raw")
         return text

@@ -78,12 +78,12 @@ class CacheConfig:
             raise ValueError(f"{self.heads_per_page=} does not divide {self.num_kv_heads=}")
 
     @property
-    def R(self) -> int:  # noqa: N802
+    def R(self) -> int:
         """Layers that a page spans."""
         return self.layers_per_page or self.num_layers
 
     @property
-    def C(self) -> int:  # noqa: N802
+    def C(self) -> int:
         """KV heads that a page spans."""
         return self.heads_per_page or self.num_kv_heads
 
@@ -208,7 +208,9 @@ def compact(
         keep: bool[L/R, K/C, n, M * P] by slot; slots that are not in use are never kept.
     """
     if pool.position is None:
-        raise ValueError("compact needs a pool with track_positions=True: slots stop being positions")
+        raise ValueError(
+            "compact needs a pool with track_positions=True: slots stop being positions"
+        )
     size, num_pages = pool.k.shape[3], pool.k.shape[0]
     pages = table.pages[:, :, rows]  # [g, h, n, M]
     slot = jnp.arange(keep.shape[-1], dtype=jnp.int32)[None, None, None]

@@ -64,8 +64,12 @@ def seat(table: PageTable, rows: Array, pages: Array, length: Array) -> PageTabl
     """
     shape = (*table.pages.shape[:2], *pages.shape)
     return PageTable(
-        pages=table.pages.at[:, :, rows].set(jnp.broadcast_to(pages[None, None], shape), mode="drop"),
-        length=table.length.at[:, :, rows].set(jnp.broadcast_to(length[None, None], shape[:3]), mode="drop"),
+        pages=table.pages.at[:, :, rows].set(
+            jnp.broadcast_to(pages[None, None], shape), mode="drop"
+        ),
+        length=table.length.at[:, :, rows].set(
+            jnp.broadcast_to(length[None, None], shape[:3]), mode="drop"
+        ),
         position=table.position.at[rows].set(length, mode="drop"),
     )
 
@@ -140,10 +144,12 @@ def fork_rows(
     moved = ~empty & (parents != jnp.arange(max_rows))
     copied = (length % page_size > 0) & moved[None, None]
     source = jnp.take_along_axis(pages, jnp.minimum(last, pages.shape[-1] - 1), axis=-1)[..., 0]
-    is_last = jnp.arange(pages.shape[-1])[None, None, None] == last
-    pages = jnp.where(is_last & copied[..., None], spare_pages[..., None], pages)
+    entry = jnp.arange(pages.shape[-1])[None, None, None]
+    pages = jnp.where((entry == last) & copied[..., None], spare_pages[..., None], pages)
     nowhere = jnp.iinfo(jnp.int32).max
-    pages = jnp.where(empty[None, None, :, None], nowhere, pages)
+    # Pages beyond the last token were set aside for the parent: two rows must not write there.
+    unused = entry * page_size >= length[..., None]
+    pages = jnp.where(unused & (empty | moved)[None, None, :, None], nowhere, pages)
     target = jnp.where(copied, spare_pages, nowhere)
     position = jnp.where(empty, 0, table.position[parent])
     forked = PageTable(pages=pages, length=length, position=position)

@@ -162,7 +162,9 @@ def cut_items(rows: Array, pages: Array, first: Array, end: Array, split: int) -
     number = np.arange(len(which)) - np.repeat(np.cumsum(splits) - splits, splits)
     first_page = number * split
     end_page = np.minimum(first_page + split, pages[which])
-    return np.stack([rows[which], first_page, end_page, first[which], end[which]], 1, dtype=np.int32)
+    return np.stack(
+        [rows[which], first_page, end_page, first[which], end[which]], 1, dtype=np.int32
+    )
 
 
 def pack(runs: list[Run], grid: Grid) -> tuple[Bucket, StepPlan]:
@@ -191,15 +193,15 @@ def pack(runs: list[Run], grid: Grid) -> tuple[Bucket, StepPlan]:
     return bucket, plan
 
 
-def _fill_items(
-    plan: StepPlan, runs: list[Run], counts: Array, ends: Array, grid: Grid
-) -> None:
+def _fill_items(plan: StepPlan, runs: list[Run], counts: Array, ends: Array, grid: Grid) -> None:
     rows = np.array([run.row for run in runs])
     starts = np.array([run.start for run in runs])
     # A chunk is cut into tiles; a tile reads the pages up to its own last query.
     tiles = -(-counts // grid.tile_queries)
     which = np.repeat(np.arange(len(runs)), tiles)
-    offset = (np.arange(len(which)) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * grid.tile_queries
+    offset = (
+        np.arange(len(which)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
+    ) * grid.tile_queries
     last = np.minimum(offset + grid.tile_queries, counts[which])
     first = (ends - counts)[which]
     pages = -(-(starts[which] + last) // grid.page_size)

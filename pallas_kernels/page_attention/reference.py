@@ -2,7 +2,13 @@
 
 It walks over the items in blocks, so that its time follows the items in use and not the room there
 is for them, and merges each block into its queries' results.
+
+Letters beside those of the contract: E items of a block, Q queries an item, S pages an item,
+J = K/C head groups.
 """
+
+import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +24,38 @@ Array = jax.Array
 _BLOCK_QUERIES = 32
 
 
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """What a score goes through."""
+
+    window: Array | None
+    soft_cap: float | None
+    scale: float
+
+
+class _Keys(NamedTuple):
+    """The keys that a block of items reads."""
+
+    page: Array  # int32[J, E, S]
+    live: Array  # bool[J, E, S * P]
+    position: Array  # int32[J, E, S * P]
+
+
 def page_attention_reference(
     q: Array, pool: Pages, layer: Array, work: WorkList,
     window: Array | None, soft_cap: float | None, scale: float,
 ) -> tuple[Array, Array]:  # fmt: skip
     """See `api.page_attention`."""
-    t, h, d = q.shape
-    out, lse = jnp.zeros((t, h, d), jnp.float32), jnp.full((t, h), -jnp.inf, jnp.float32)
+    rule = _Rule(window, soft_cap, scale)
+    out = jnp.zeros(q.shape, jnp.float32)
+    lse = jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
     for items in work.items:
         size = max(1, min(_BLOCK_QUERIES // items.max_queries, items.index.shape[0]))
 
         def block(i: Array, carry: tuple, items: Items = items, size: int = size) -> tuple:
             index, used = _block_of(items, i, size)
-            query, part, part_lse = _attend(
-                q, pool, layer, work, items, index, used, window, soft_cap, scale
-            )
-            return scatter_merge(*carry, query, part, part_lse)
+            part = _attend(q, pool, layer, work, items, index, used, rule)
+            return scatter_merge(*carry, *part)
 
         out, lse = jax.lax.fori_loop(0, -(-items.count // size), block, (out, lse))
     return out.astype(q.dtype), lse
@@ -47,57 +69,77 @@ def _block_of(items: Items, i: Array, size: int) -> tuple[Array, Array]:
 
 def _attend(
     q: Array, pool: Pages, layer: Array, work: WorkList, items: Items, index: Array, used: Array,
-    window: Array | None, soft_cap: float | None, scale: float,
+    rule: _Rule,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
-    """Attention of each item by itself: queries int32[E*Q], out [E*Q, H, D], lse [E*Q, H]."""
-    (t, h, d), (n, r, c, p, _) = q.shape, pool.k.shape
-    group, inner = layer // r, layer % r
-    row, first_page, end_page, first_query, end_query = jnp.unstack(index, axis=1)
-
-    query = first_query[:, None] + jnp.arange(items.max_queries)[None]  # [E, Q]
-    query = jnp.where((query < end_query[:, None]) & used[:, None], query, t)
+    """Attention of each item by itself: queries int32[E * Q], out [E * Q, H, D], lse [E * Q, H]."""
+    (t, h, d), (_, r, c, _, _) = q.shape, pool.k.shape
+    query = index[:, 3, None] + jnp.arange(items.max_queries, dtype=jnp.int32)[None]  # [E, Q]
+    query = jnp.where((query < index[:, 4, None]) & used[:, None], query, t)
     q_position = work.query_position.at[query].get(mode="fill", fill_value=-1)
+    keys = _keys(pool, work, layer // r, items.max_pages, index)
+    seen = _seen(keys, q_position, rule)
 
-    entry = first_page[:, None] + jnp.arange(items.max_pages)[None]  # [E, S]
-    inside = entry < end_page[:, None]
-    entry = jnp.minimum(entry, work.pages.shape[-1] - 1)
-    page = work.pages[group][:, row[:, None], entry]  # [K/C, E, S]
-    inside = inside[None] & (page < n)
-    page = jnp.minimum(page, n - 1)
-    slot = (entry[..., None] * p + jnp.arange(p)[None, None])[None]  # [1, E, S, P]
-    live = inside[..., None] & (slot < work.length[group][:, row][..., None, None])
-    key_position = jnp.broadcast_to(slot, live.shape)
-    if pool.position is not None:
-        key_position = pool.position[page]
-        live = live & (key_position >= 0)
-
+    # Heads and queries of a KV head side by side: one matrix product per item and KV head.
+    j, e, n = keys.page.shape[0], *query.shape
+    block = q.at[query].get(mode="fill", fill_value=0).astype(jnp.float32)
+    block = block.reshape(e, n, j, c, h // (j * c), d).transpose(2, 0, 3, 4, 1, 5)
+    block = block.reshape(j, e, c, -1, d)  # [J, E, C, G * Q, D]
+    k = _read(pool.k, layer % r, keys.page)
     # Dead slots may hold NaN: a masked score is not enough, since 0 * NaN is NaN.
-    k = pool.k[page, inner].astype(jnp.float32)  # [K/C, E, S, C, P, D]
-    v = pool.v[page, inner].astype(jnp.float32)
-    v = jnp.where(live[:, :, :, None, :, None], v, 0.0)
-    heads = page.shape[0]
-    q_block = q.at[query].get(mode="fill", fill_value=0).astype(jnp.float32)
-    q_block = q_block.reshape(*query.shape, heads, c, h // (heads * c), d)  # [E, Q, K/C, C, G, D]
-
-    seen = live[:, :, None] & (
-        key_position[:, :, None] <= q_position[None, :, :, None, None]
-    )  # [K/C, E, Q, S, P]
-    if window is not None:
-        start = q_position[None, :, :, None, None] - window
-        seen = seen & ((window == 0) | (key_position[:, :, None] > start))
-    score = jnp.einsum("eqhcgd,hescpd->hecgqsp", q_block, k, precision="highest") * scale
-    if soft_cap is not None:
-        score = soft_cap * jnp.tanh(score / soft_cap)
-    score = jnp.where(seen[:, :, None, None], score, -jnp.inf)
-    top = jnp.max(score, axis=(-2, -1), keepdims=True)
-    top = jnp.where(jnp.isneginf(top), 0.0, top)
-    weight = jnp.exp(score - top)  # [K/C, E, C, G, Q, S, P]
-    total = jnp.sum(weight, axis=(-2, -1))
-    out = jnp.einsum("hecgqsp,hescpd->eqhcgd", weight, v, precision="highest")
-    total = jnp.transpose(total, (1, 4, 0, 2, 3))  # [E, Q, K/C, C, G]
-    top = jnp.transpose(top[..., 0, 0], (1, 4, 0, 2, 3))
-    some = total > 0
-    safe_total = jnp.where(some, total, 1.0)
-    out = out / safe_total[..., None]
-    lse = jnp.where(some, top + jnp.log(safe_total), -jnp.inf)
+    v = jnp.where(keys.live[:, :, None, :, None], _read(pool.v, layer % r, keys.page), 0.0)
+    out, lse = _softmax(block, k, v, seen, rule)
+    out = out.reshape(j, e, c, -1, n, d).transpose(1, 4, 0, 2, 3, 5)  # [E, Q, J, C, G, D]
+    lse = lse.reshape(j, e, c, -1, n).transpose(1, 4, 0, 2, 3)
     return query.reshape(-1), out.reshape(-1, h, d), lse.reshape(-1, h)
+
+
+def _keys(pool: Pages, work: WorkList, group: Array, max_pages: int, index: Array) -> _Keys:
+    num_pages, size = pool.k.shape[0], pool.k.shape[3]
+    row, first, end = index[:, 0], index[:, 1, None], index[:, 2, None]
+    entry = first + jnp.arange(max_pages, dtype=jnp.int32)[None]  # [E, S]
+    clipped = jnp.minimum(entry, work.pages.shape[-1] - 1)
+    page = work.pages[group][:, row[:, None], clipped]  # [J, E, S]
+    live = (entry < end)[None] & (page < num_pages)
+    page = jnp.minimum(page, num_pages - 1)
+    slot = (entry[..., None] * size + jnp.arange(size, dtype=jnp.int32)[None, None])[None]
+    live = live[..., None] & (slot < work.length[group][:, row][..., None, None])
+    position = jnp.broadcast_to(slot, live.shape)
+    if pool.position is not None:
+        position = pool.position[page]
+        live = live & (position >= 0)
+    flat = (*page.shape[:2], -1)
+    return _Keys(page, live.reshape(flat), position.reshape(flat))
+
+
+def _seen(keys: _Keys, q_position: Array, rule: _Rule) -> Array:
+    """Which key each query sees, bool[J, E, Q, S * P]."""
+    query, key = q_position[None, :, :, None], keys.position[:, :, None]
+    seen = keys.live[:, :, None] & (key <= query)
+    if rule.window is not None:
+        seen = seen & ((rule.window == 0) | (key > query - rule.window))
+    return seen
+
+
+def _read(plane: Array, inner: Array, page: Array) -> Array:
+    """Pages as keys or values of one layer, float32[J, E, C, S * P, D]."""
+    c, d = plane.shape[2], plane.shape[4]
+    head = jnp.arange(c, dtype=jnp.int32)[None, None, :, None]
+    tokens = plane[page[:, :, None], inner, head]  # [J, E, C, S, P, D]
+    return tokens.reshape(*page.shape[:2], c, -1, d).astype(jnp.float32)
+
+
+def _softmax(q: Array, k: Array, v: Array, seen: Array, rule: _Rule) -> tuple[Array, Array]:
+    """Q [J, E, C, G * Q, D], k and v [J, E, C, S * P, D], seen [J, E, Q, S * P]: out and lse."""
+    score = jnp.einsum("jecsd,jecmd->jecms", k, q, precision="highest") * rule.scale
+    if rule.soft_cap is not None:
+        score = rule.soft_cap * jnp.tanh(score / rule.soft_cap)
+    seen = jnp.tile(seen, (1, 1, q.shape[3] // seen.shape[2], 1))[:, :, None]
+    score = jnp.where(seen, score, -jnp.inf)
+    top = jnp.max(score, axis=-1, keepdims=True)
+    top = jnp.where(jnp.isneginf(top), 0.0, top)
+    weight = jnp.exp(score - top)
+    total = jnp.sum(weight, axis=-1)
+    out = jnp.einsum("jecms,jecsd->jecmd", weight, v, precision="highest")
+    some = total > 0
+    total = jnp.where(some, total, 1.0)
+    return out / total[..., None], jnp.where(some, top[..., 0] + jnp.log(total), -jnp.inf)

@@ -1,0 +1,75 @@
+"""Small random models for tests: every weight random, those that start at zero or one as well."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import tokenizers
+from flax import nnx
+from tokenizers import decoders, models, pre_tokenizers
+
+from kvjax.models import Decoder, DecoderConfig, causal_attend, hf
+
+CONFIG = DecoderConfig(
+    vocab_size=300,
+    num_layers=3,
+    embed_dim=48,
+    mlp_dim=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_positions=256,
+    qkv_bias=True,
+    windows=(0, 24, 0),
+)
+
+
+def random_decoder(config=CONFIG, seed=0):
+    """(graph, params) with norms around one, biases around zero, and logits of some spread."""
+    graph, params = nnx.split(Decoder(config, rngs=nnx.Rngs(seed)))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noisy = [
+        (x.astype(jnp.float32) + 0.2 * jax.random.normal(k, x.shape, jnp.float32)).astype(x.dtype)
+        for x, k in zip(leaves, keys, strict=True)
+    ]
+    return graph, jax.tree.unflatten(tree, noisy)
+
+
+def dense_logits(graph, params, config=CONFIG):
+    """A jitted oracle: logits float32[B, T, V] of whole sequences, without a cache."""
+
+    @jax.jit
+    def logits(tokens):
+        decoder = nnx.merge(graph, params)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+        hidden, _ = decoder(tokens, positions, None, causal_attend(config.layer_windows()))
+        return decoder.logits(hidden)
+
+    return logits
+
+
+def byte_tokenizer():
+    """Token i is byte i; 256 ends a text."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    vocabulary = {letter: i for i, letter in enumerate(sorted(alphabet))}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    return tokenizer
+
+
+def save_model(folder: Path, config=CONFIG, seed=0):
+    """A complete Hugging Face folder with random weights."""
+    _, params = random_decoder(config, seed)
+    hf.save(folder, config, params, dtype=config.dtype)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    settings = {
+        "eos_token": "<|end|>",
+        "chat_template": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return dataclasses.replace(config)
