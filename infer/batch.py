@@ -39,7 +39,7 @@ class BatchRequest:
     custom_id: str | None
     url: str = ""
     prompt: Prompt = ""
-    params: SamplingParams = SamplingParams()
+    params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     error: str | None = None
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvjax.cache import (
     CacheConfig,
@@ -27,6 +28,7 @@ from kvjax.models.attention import paged_attend
 from kvjax.models.decoder import DecoderConfig
 from kvjax.pallas_kernels.page_attention import Items, WorkList
 from kvjax.plan import Bucket, FirstCome, Grid, Planned, Sampled, StepPlan
+from kvjax.sharding import spec
 
 __all__ = ["Engine", "EngineState", "step"]
 
@@ -103,6 +105,18 @@ def _seat(state: EngineState, rows: Array, pages: Array, length: Array) -> Engin
     return dataclasses.replace(state, table=seat(state.table, rows, pages, length))
 
 
+def _shardings(state: EngineState, mesh: Mesh | None) -> tuple[EngineState, NamedSharding] | None:
+    """Where the state and the drawn tokens lie: KV heads split as the model's, all else whole."""
+    if mesh is None:
+        return None
+
+    def place(x: Array) -> NamedSharding:
+        axes = ("kv_head" if x.ndim == 5 and axis == 2 else None for axis in range(x.ndim))
+        return NamedSharding(mesh, spec(tuple(axes), mesh, x.shape))
+
+    return jax.tree.map(place, state), NamedSharding(mesh, PartitionSpec())
+
+
 class Engine:
     """Answers requests: plans on the host, computes on the device.
 
@@ -111,11 +125,17 @@ class Engine:
         model: the decoder's sizes.
         cache: the cache's sizes.
         grid: the planner's sizes.
+        mesh: over which the parameters lie, with axes of type Auto; None: the default device.
     """
 
     def __init__(
-        self, graph: nnx.GraphDef, params: nnx.State, model: DecoderConfig,
-        cache: CacheConfig, grid: Grid,
+        self,
+        graph: nnx.GraphDef,
+        params: nnx.State,
+        model: DecoderConfig,
+        cache: CacheConfig,
+        grid: Grid,
+        mesh: Mesh | None = None,
     ) -> None:  # fmt: skip
         self.model, self.cache, self.grid = model, cache, grid
         self._graph, self._params = graph, params
@@ -123,21 +143,28 @@ class Engine:
         self._seat: Callable | None = None
         pool, table = cache.init()
         last_token = jnp.zeros((cache.max_rows,), jnp.int32)
-        self.state = EngineState(pool=pool, table=table, last_token=last_token)
+        state = EngineState(pool=pool, table=table, last_token=last_token)
+        self._shardings = _shardings(state, mesh)
+        self.state = jax.device_put(state, self._shardings and self._shardings[0])
         self.planner = FirstCome(grid, PageLedger(cache.num_pages))
 
     def warm_up(self, progress: Callable[[int, int], Any] = lambda done, total: None) -> None:
         """Compiles every shape of the grid; afterwards nothing is ever compiled."""
         if self._programs:
             return
-        args = self._seat_arguments([])
-        self._seat = jax.jit(_seat, donate_argnums=0).lower(self.state, *args).compile()
-        run = jax.jit(functools.partial(step, self._graph, self.grid), donate_argnums=1)
+        states, _ = self._shardings or (None, None)
+        place = jax.jit(_seat, donate_argnums=0, out_shardings=states)
+        self._seat = place.lower(self.state, *self._seat_arguments([])).compile()
+        run = jax.jit(
+            functools.partial(step, self._graph, self.grid),
+            donate_argnums=1,
+            out_shardings=self._shardings,
+        )
         lowered = {
             bucket: run.lower(self._params, self.state, StepPlan.empty(self.grid, bucket))
             for bucket in self.grid.buckets
         }
-        # XLA compiles outside of the interpreter's lock: side by side on as many cores as there are.
+        # XLA compiles outside of the interpreter's lock: side by side where there are cores.
         with ThreadPoolExecutor() as threads:
             compiling = {threads.submit(low.compile): bucket for bucket, low in lowered.items()}
             progress(0, len(compiling))

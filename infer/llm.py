@@ -110,7 +110,8 @@ class LLM:
                 model was made for, but at most 8192.
             max_rows: requests that are answered at the same time.
             page_size: tokens of a page.
-            mesh: places the weights; None: the default device.
+            mesh: splits weights and heads over its devices, see `kvjax.sharding`; None: the default
+                device.
 
         Raises:
             InputError: something in the folder cannot be used, or the memory is too little.
@@ -126,7 +127,7 @@ class LLM:
             pages_per_row=grid.pages_per_row, dtype=config.dtype,
         )  # fmt: skip
         cache = dataclasses.replace(cache, num_pages=_num_pages(cache, kv_memory))
-        return LLM(Engine(graph, params, config, cache, grid), tokenizer)
+        return LLM(Engine(graph, params, config, cache, grid, mesh), tokenizer)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt],

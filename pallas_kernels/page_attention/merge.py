@@ -14,8 +14,10 @@ def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array
     Commutative and associative (to rounding); a side without keys, (0, -inf), changes nothing.
 
     Args:
-        out_a, out_b: float32[..., D].
-        lse_a, lse_b: float32[...], natural logarithm.
+        out_a: float32[..., D].
+        lse_a: float32[...], natural logarithm.
+        out_b: as out_a.
+        lse_b: as lse_a.
     """
     top = jnp.maximum(lse_a, lse_b)
     safe = jnp.where(jnp.isneginf(top), 0.0, top)
