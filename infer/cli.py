@@ -1,6 +1,7 @@
 """The command `kvjax`: finds the program that is asked for and speaks for it when it fails."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -38,15 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Input that cannot be used ends in one line on stderr and status 2, an interrupt in status 130.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(_usage())
-        return 0
     try:
+        if not argv or argv[0] in ("-h", "--help", "help"):
+            print(_usage())
+            return 0
         module, rest = _find(argv)
         return importlib.import_module(module).main(rest)
     except InputError as e:
         print(f"kvjax: error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("kvjax: interrupted; what was written is kept", file=sys.stderr)
         return 130

@@ -6,12 +6,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from tqdm import tqdm
 
 from kvjax.infer.batch import BatchSummary, read_requests, run_batch
-from kvjax.infer.commands.shared import ModelOptions, warm_up
+from kvjax.infer.commands.shared import ModelOptions, parse_arguments, warm_up
 from kvjax.infer.compilations import CompilationCount
 from kvjax.infer.llm import LLM
 
@@ -26,9 +27,9 @@ class Batch(ModelOptions):
     interruption: what is answered is kept, the rest is answered.
     """
 
-    input: tyro.conf.Positional[Path]
+    input: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN.jsonl")]
     """Requests: {"custom_id", "method", "url", "body"} a line."""
-    output: tyro.conf.Positional[Path]
+    output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.jsonl")]
     """Answers: {"id", "custom_id", "response", "error"} a line, as they finish."""
     max_rows: int = 64
     """Requests that are answered at the same time."""
@@ -38,7 +39,7 @@ class Batch(ModelOptions):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, or 1 if a request failed."""
-    args = tyro.cli(Batch, prog="kvjax batch", args=argv)
+    args = parse_arguments(Batch, "kvjax batch", argv)
     requests = read_requests(args.input)
     llm = args.load(min(args.max_rows, len(requests)))
     warm_up(llm)

@@ -6,11 +6,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from kvjax.errors import InputError
-from kvjax.infer.commands.shared import ModelOptions, warm_up
+from kvjax.infer.commands.shared import ModelOptions, parse_arguments, warm_up
 from kvjax.infer.compilations import CompilationCount
 from kvjax.infer.llm import LLM, Completion, Prompt
 from kvjax.infer.sampling import SamplingParams
@@ -22,15 +23,15 @@ __all__ = ["Generate", "main"]
 class Generate(ModelOptions):
     """Continue a prompt. With a chat model the prompt is the user's message, unless --raw."""
 
-    prompt: tyro.conf.Positional[str | None] = None
+    prompt: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")] = None
     """The prompt; without it, --file or standard input is read."""
-    file: Path | None = None
+    file: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Read the prompt from this file; - is standard input."""
-    system: str | None = None
+    system: Annotated[str | None, tyro.conf.arg(metavar="TEXT|@PATH")] = None
     """A system message to put before the prompt; @FILE reads it from a file."""
     raw: bool = False
     """Give the model the text as it is, without its chat template."""
-    max_tokens: int | None = None
+    max_tokens: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """The most tokens to generate; by default until the model ends or its context is full."""
     temperature: float = 0.0
     """0 takes the likeliest token."""
@@ -44,7 +45,7 @@ class Generate(ModelOptions):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    args = tyro.cli(Generate, prog="kvjax generate", args=argv)
+    args = parse_arguments(Generate, "kvjax generate", argv)
     try:
         params = SamplingParams(
             max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p,

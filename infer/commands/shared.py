@@ -2,8 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, TypeVar
 
 import tyro
 from tqdm import tqdm
@@ -11,30 +11,34 @@ from tqdm import tqdm
 from kvjax.errors import InputError
 from kvjax.infer.llm import LLM
 
-__all__ = ["ModelOptions", "parse_bytes", "warm_up"]
+__all__ = ["ModelOptions", "parse_arguments", "parse_bytes", "warm_up"]
+
+Options = TypeVar("Options")
+
+
+def parse_arguments(options: type[Options], prog: str, argv: Sequence[str] | None) -> Options:
+    """The options of a command, a dataclass, from its arguments; `--help` prints its docstrings."""
+    return tyro.cli(options, prog=prog, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """Which model, and how it is held."""
 
-    model: str = "tiny"
+    model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = "tiny"
     """A Hugging Face folder, a finished run of `kvjax train lm`, or a built-in model (tiny)."""
-    dtype: str | None = None
+    dtype: Annotated[str | None, tyro.conf.arg(metavar="TYPE")] = None
     """float32 or bfloat16; by default as the weights are stored."""
     kv_memory: Annotated[str | None, tyro.conf.arg(metavar="SIZE")] = None
     """Memory for the KV cache, such as 512MiB or 2GiB; by default most of what the device has."""
-    max_length: int | None = None
+    max_length: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
     """The longest sequence in tokens, prompt and answer together."""
 
     def load(self, max_rows: int) -> LLM:
         """The model with room for `max_rows` requests at a time."""
-        for name in ("max_length",):
-            value = getattr(self, name)
+        for option, value in (("--max-length", self.max_length), ("--max-rows", max_rows)):
             if value is not None and value < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be 1 or more, not {value}")
-        if max_rows < 1:
-            raise InputError(f"--max-rows must be 1 or more, not {max_rows}")
+                raise InputError(f"{option} must be 1 or more, not {value}")
         memory = None if self.kv_memory is None else parse_bytes(self.kv_memory)
         return LLM.load(
             self.model, dtype=self.dtype, kv_memory=memory, max_length=self.max_length,
