@@ -61,16 +61,17 @@ class Rope:
 
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
         """Radians per position of each rotated pair, float32[D/2]."""
-        # Rounded where the checkpoints' own float32 code rounds: far positions magnify the last bit.
+        # Rounded where the checkpoints' own code rounds: far positions magnify the last bit.
         exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
         freq = np.float32(1) / (self.theta ** exponent.astype(np.float64)).astype(np.float32)
         if self.kind == "linear":
             freq = freq / self.factor
         elif self.kind == "llama3":
-            turns = self.original_max_positions * freq / (2 * math.pi)
+            wavelength = 2 * math.pi * (np.float32(1) / freq)
+            turns = self.original_max_positions * (np.float32(1) / wavelength)
             ramp = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
             keep = np.clip(ramp, 0.0, 1.0)
-            freq = keep * freq + (1 - keep) * freq / self.factor
+            freq = (1 - keep) * freq / self.factor + keep * freq
         return freq.astype(np.float32)
 
 

@@ -190,11 +190,12 @@ def _check(
 
 def _check_tied(head: Tensor, embed: Tensor) -> None:
     """A stored head must be the embedding that config.json ties it to."""
-    step = max(1, _TIED_BLOCK // embed.shape[1])
     same = head.shape == embed.shape
-    for start in range(0, embed.shape[0], step):
-        rows = (slice(start, start + step), slice(0, embed.shape[1]))
-        same = same and np.array_equal(head.read(rows), embed.read(rows))
+    size, width = embed.shape
+    step = max(1, _TIED_BLOCK // width)
+    for start in range(0, size, step):
+        block = (slice(start, min(start + step, size)), slice(0, width))
+        same = same and np.array_equal(head.read(block), embed.read(block))
     if not same:
         problem = f"differs from {embed.name!r}, though config.json ties them"
         raise bad_tensor(head.file, head.name, problem, "set tie_word_embeddings to false")
@@ -216,7 +217,7 @@ def _place(
 
     if place is None:
         return jax.device_put(read(tuple((0, size) for size in leaf.shape)))
-    devices: dict[Bounds, list[jax.Device]] = {}
+    devices: dict[Bounds, list[Any]] = {}
     for device, index in place.addressable_devices_indices_map(leaf.shape).items():
         assert index is not None
         bounds = tuple(part.indices(n)[:2] for part, n in zip(index, leaf.shape, strict=True))

@@ -138,7 +138,7 @@ def _read_fields(folder: str | Path) -> _Fields:
 def _family(fields: _Fields) -> tuple[str, _Family]:
     names = fields.get("architectures", [], (list,), "a list of names")
     by_type = {family.model_type: name for name, family in _FAMILIES.items()}
-    name = names[0] if names else by_type.get(fields.values.get("model_type"))
+    name = str(names[0]) if names else by_type.get(str(fields.values.get("model_type")))
     if name not in _FAMILIES:
         found = repr(names[0]) if names else f"model_type {fields.values.get('model_type')!r}"
         raise fields.error(

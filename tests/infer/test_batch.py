@@ -172,6 +172,7 @@ def test_undrawn_seeds_do_not_depend_on_the_rest_of_the_file(llm, tmp_path):
     out.write_text(json.dumps(whole["r0"]) + "\n")
     _, lines = run(llm, tmp_path, records)
     for line in lines:
-        assert line["response"]["body"]["choices"] == whole[line["custom_id"]]["response"]["body"][
-            "choices"
-        ]
+        assert (
+            line["response"]["body"]["choices"]
+            == whole[line["custom_id"]]["response"]["body"]["choices"]
+        )

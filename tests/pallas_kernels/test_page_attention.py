@@ -122,9 +122,7 @@ def test_ragged_decode_split_at_fixed_sizes(page_size, group):
     )
     q = rng.normal(size=(5, 2 * group, 8)).astype(np.float32)
     split = max(1, 16 // page_size)
-    index = [
-        [b, p, p + split, b, b + 1] for b in range(5) for p in range(0, pages_per_row, split)
-    ]
+    index = [[b, p, p + split, b, b + 1] for b in range(5) for p in range(0, pages_per_row, split)]
     work = work_list(table, [items(index, 1, split)], np.asarray(lengths) - 1)
     out, lse = page_attention(jnp.asarray(q), pool, LAYER, work)
     for b, length in enumerate(lengths):
@@ -204,7 +202,12 @@ def test_padding_queries_and_soft_cap():
     work = work_list(table, [items([[0, 0, 2, 0, 3]], 4, 2)], [7, -1, 7])
     out, lse = page_attention(jnp.asarray(q), pool, LAYER, work, soft_cap=2.0, scale=0.7)
     want, want_lse = dense.attend(
-        q, k[0, 0], v[0, 0], np.array([[True] * 8, [False] * 8, [True] * 8]), scale=0.7, soft_cap=2.0
+        q,
+        k[0, 0],
+        v[0, 0],
+        np.array([[True] * 8, [False] * 8, [True] * 8]),
+        scale=0.7,
+        soft_cap=2.0,
     )
     np.testing.assert_allclose(out, want, **TOL)
     np.testing.assert_allclose(lse, want_lse, **TOL)

@@ -1,0 +1,1 @@
+"""Experiments: one short file each, read by name (`kvjax train lm --config lm_tiny`)."""

@@ -1,0 +1,131 @@
+"""Loading onto several devices: every device gets its part, and the logits stay the same."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = """
+import dataclasses
+import sys
+
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, PartitionSpec as P
+
+from kvjax.models import Decoder, DecoderConfig, causal_attend
+from kvjax.models.hf import load, save
+from kvjax.models.hf_files import Tensor
+from kvjax.sharding import spec
+
+config = DecoderConfig(
+    vocab_size=40, num_layers=3, embed_dim=16, mlp_dim=24, num_heads=8, num_kv_heads=2, head_dim=4,
+    max_positions=64, qkv_bias=True, out_bias=True, qk_norm=True,
+)
+folder = sys.argv[1]
+shapes = nnx.state(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+rng = np.random.default_rng(0)
+draw = lambda x: jnp.asarray(0.5 * rng.standard_normal(x.shape), x.dtype)
+save(folder, config, jax.tree.map(draw, shapes), dtype="float32")
+
+reads = []
+original = Tensor.read
+
+
+def read(tensor, index):
+    block = original(tensor, index)
+    reads.append((tensor.name, block.size))
+    return block
+
+
+Tensor.read = read
+
+
+def loaded(mesh):
+    reads.clear()
+    graphdef, params, _ = load(folder, mesh=mesh)
+    blocks = params["blocks"]
+    kinds = {
+        "embed": params["embed"], "head": params["head"]["kernel"], "norm": params["norm"],
+        "q": blocks["q"]["kernel"], "q_bias": blocks["q"]["bias"], "k": blocks["k"]["kernel"],
+        "out": blocks["out"]["kernel"], "gate": blocks["gate"]["kernel"],
+        "down": blocks["down"]["kernel"], "q_norm": blocks["q_norm"],
+    }
+    parts = {
+        name: {shard.data.shape for shard in value[...].addressable_shards}
+        for name, value in kinds.items()
+    }
+    return graphdef, params, {name: shapes.pop() for name, shapes in parts.items()}
+
+
+@jax.jit
+def logits(params, tokens):
+    decoder = nnx.merge(graphdef, params)
+    positions = jnp.broadcast_to(jnp.arange(20), tokens.shape)
+    return decoder.logits(decoder(tokens, positions, None, causal_attend())[0])
+
+
+def mesh(*sizes, **options):
+    names = ("data", "fsdp", "model")
+    return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * 3)
+
+
+tokens = jnp.asarray(rng.integers(0, 40, (2, 20)), jnp.int32)
+graphdef, single, whole = loaded(None)
+assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(single)} == {1}
+count = sum(size for _, size in reads)
+assert count == sum(leaf.size for leaf in jax.tree.leaves(single))
+expected = np.asarray(logits(single, tokens))
+
+# 1 x 1 x 4: eight query heads split, two KV heads do not.
+_, params, parts = loaded(mesh(1, 1, 4))
+assert parts == {
+    "embed": (10, 16), "head": (16, 10), "norm": (16,), "q": (3, 16, 2, 4), "q_bias": (3, 2, 4),
+    "k": (3, 16, 2, 4), "out": (3, 2, 4, 16), "gate": (3, 16, 6), "down": (3, 6, 16),
+    "q_norm": (3, 4),
+}, parts
+assert sum(size for _, size in reads) == count
+np.testing.assert_allclose(np.asarray(logits(params, tokens)), expected, atol=1e-5)
+
+# 1 x 2 x 2: the embedding axis is split too, and both heads' axes.
+_, params, parts = loaded(mesh(1, 2, 2))
+assert parts == {
+    "embed": (20, 8), "head": (8, 20), "norm": (8,), "q": (3, 8, 4, 4), "q_bias": (3, 4, 4),
+    "k": (3, 8, 1, 4), "out": (3, 4, 4, 8), "gate": (3, 8, 12), "down": (3, 12, 8),
+    "q_norm": (3, 4),
+}, parts
+assert sum(size for _, size in reads) == count
+np.testing.assert_allclose(np.asarray(logits(params, tokens)), expected, atol=1e-5)
+
+# 4 copies: each tensor is read once for all of them.
+_, params, parts = loaded(mesh(4, 1, 1))
+assert parts == whole
+assert sum(size for _, size in reads) == count
+assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(params)} == {4}
+np.testing.assert_allclose(np.asarray(logits(params, tokens)), expected, atol=1e-5)
+
+# A mesh with other axes splits nothing; odd sizes stay whole.
+other = Mesh(np.array(jax.devices()), ("pipeline",))
+assert loaded(other)[2] == whole
+assert spec(("batch", None, "embed"), mesh(2, 2, 1)) == P(("data", "fsdp"), None, "fsdp")
+assert spec(("batch", "mlp"), mesh(2, 1, 2), (6, 7)) == P(("data", "fsdp"), None)
+print("done")
+"""
+
+
+def test_four_devices(tmp_path: Path) -> None:
+    # A process of its own: the number of devices is fixed once JAX has started.
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PROGRAM, str(tmp_path / "model")],
+        capture_output=True, text=True, timeout=120, check=False, env=dict(os.environ),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "done"

@@ -1,0 +1,129 @@
+"""What pyproject.toml and the papers say, held against the files."""
+
+import fnmatch
+import importlib.metadata
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+TOP = ("kvjax", "infer", "train", "configs", "pallas_kernels")
+COMMANDS = (
+    "python3 -m venv .venv && .venv/bin/pip install . "
+    "&& .venv/bin/kvjax batch demos/requests.jsonl answers.jsonl --model tiny",
+    "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/pytest",
+)
+
+
+def is_ours(path):
+    """Whether the project put it there: no environment, build output or cache."""
+    made = ("build", "dist", "runs", "__pycache__")
+    parts = path.relative_to(ROOT).parts
+    hidden = any(part.startswith(".") and part != ".ci" for part in parts)
+    return not hidden and not any(part in made or part.endswith(".egg-info") for part in parts)
+
+
+def packages():
+    """Name and folder of each package, from the folders."""
+    files = (path for top in TOP for path in (ROOT / top).rglob("*.py") if is_ours(path))
+    folders = {path.parent for path in files}
+    tails = {folder: folder.relative_to(ROOT).parts for folder in folders}
+    return {
+        ".".join(parts if parts[0] == "kvjax" else ("kvjax", *parts)): folder
+        for folder, parts in tails.items()
+    }
+
+
+def test_package_list_is_the_folders():
+    listed = PROJECT["tool"]["setuptools"]["packages"]
+    assert listed == sorted(packages())
+
+
+def test_package_dir_maps_each_top_level_folder():
+    expected = {f"kvjax.{top}": top for top in TOP if top != "kvjax"}
+    assert PROJECT["tool"]["setuptools"]["package-dir"] == expected
+
+
+def test_every_package_has_an_init():
+    assert [
+        name for name, folder in packages().items() if not (folder / "__init__.py").is_file()
+    ] == []
+
+
+def test_package_data_is_the_files():
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]
+    found = {
+        (name, path.name)
+        for name, folder in packages().items()
+        for path in folder.iterdir()
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    chosen = {
+        (name, pattern): fnmatch.filter(
+            [file for package, file in found if package == name], pattern
+        )
+        for name in patterns
+        for pattern in patterns[name]
+    }
+    assert [key for key, files in chosen.items() if not files] == [], "patterns without a file"
+    covered = {(name, file) for (name, _), files in chosen.items() for file in files}
+    assert found - covered == set(), "files that an install would leave behind"
+
+
+def test_nothing_is_empty():
+    ours = [path for path in ROOT.rglob("*") if is_ours(path)]
+    folders = [path for path in ours if path.is_dir() and not any(map(is_ours, path.iterdir()))]
+    files = [path for path in ours if path.is_file() and path.name != "py.typed"]
+    assert folders == []
+    assert [path for path in files if not path.stat().st_size] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_has_the_command_alone_in_a_block(command):
+    assert f"\n```sh\n{command}\n```\n" in (ROOT / "README.md").read_text()
+
+
+def test_contributing_says_why_for_each_dependency():
+    project = PROJECT["project"]
+    extras = project["optional-dependencies"]
+    requirements = [
+        *project["dependencies"],
+        *(name for extra in extras.values() for name in extra),
+    ]
+    needed = {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    explained = re.findall(r"^- `([\w-]+)`: \S", text, flags=re.MULTILINE)
+    assert sorted(explained) == sorted(needed | {"pyright", "setuptools"})
+
+
+def test_changelog_knows_the_version():
+    version = PROJECT["project"]["version"]
+    text = (ROOT / "CHANGELOG.md").read_text()
+    unreleased = text.split("## [Unreleased]")[1].split("\n## ")[0]
+    assert f"\n## [{version}]" in text or f"Will be {version}" in unreleased
+
+
+def test_installed_version_and_program():
+    assert importlib.metadata.version("kvjax") == PROJECT["project"]["version"]
+    scripts = importlib.metadata.entry_points(group="console_scripts", name="kvjax")
+    (script,) = {entry.value: entry for entry in scripts}.values()
+    assert callable(script.load())
+
+
+@pytest.mark.parametrize("constraints", sorted((ROOT / ".ci").glob("constraints-*.txt")))
+def test_constraints_are_exact_and_cover_the_dependencies(constraints):
+    lines = [line for line in constraints.read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[\w-]+==[\w.]+", line)] == []
+    pins = {line.split("==")[0].lower() for line in lines}
+    project = PROJECT["project"]
+    direct = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    assert {re.match(r"[\w-]+", name)[0] for name in direct} - pins == set()
+
+
+def test_license_is_apache_2():
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License\n                           Version 2.0, January 2004" in text
+    assert text.rstrip().endswith("limitations under the License.")

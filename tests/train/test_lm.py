@@ -1,0 +1,183 @@
+"""The training program, from its command line to the model that it exports."""
+
+import contextlib
+import dataclasses
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kvjax.errors import InputError
+from kvjax.models.decoder import Decoder, DecoderConfig
+from kvjax.models.hf import load
+from kvjax.models.tokenizer import Tokenizer
+from kvjax.train import lm
+from kvjax.train.chat import train_tokenizer
+from kvjax.train.lm_config import LMConfig, Stage, read_config
+from kvjax.train.tasks import Difficulty, make_example
+from kvjax.train.tasks.records import sentences
+
+SMALL = Difficulty(min_records=2, max_records=3, questions=2)
+CONFIG = LMConfig(
+    model=DecoderConfig(
+        vocab_size=512, num_layers=1, embed_dim=16, mlp_dim=16, num_heads=2, num_kv_heads=1,
+        head_dim=8, max_positions=128, qk_norm=True, tie_embeddings=True,
+    ),
+    stages=(
+        Stage(share=0.5, batch_size=3, length=96, difficulty=SMALL),
+        Stage(share=0.5, batch_size=2, length=96, difficulty=SMALL),
+    ),
+    steps=4,
+    eval_difficulty=SMALL,
+    eval_prompts=18,
+    warmup_steps=2,
+    save_every=3,
+    log_every=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(sentences(), CONFIG.model.vocab_size)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """Makes the toy config the one that `--config lm_tiny` reads."""
+    monkeypatch.setattr(lm, "read_config", lambda name: CONFIG)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run's folder and what the command printed last."""
+    folder, out = tmp_path_factory.mktemp("run"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(lm, "read_config", lambda name: CONFIG)
+        assert lm.main(["--out", str(folder), "--json"]) == 0
+    return folder, json.loads(out.getvalue().splitlines()[-1])
+
+
+def split_decoder(seed=0):
+    return nnx.split(Decoder(CONFIG.model, rngs=nnx.Rngs(seed)))
+
+
+def test_training_text_is_the_template(tokenizer):
+    batch = lm.encode_batch(tokenizer, 4, 10, 2, 96, SMALL)
+    for row in range(2):
+        messages = make_example(4, 10 + row, SMALL).messages()
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
+        ids = batch.tokens[row]
+        length = int((ids != tokenizer.backend.token_to_id("<|pad|>")).sum())
+        assert tokenizer.decode(ids[:length], skip_special=False) == text
+        # A request is the beginning of a training text.
+        prompt = tokenizer.encode_chat(messages[:2])
+        assert ids[: len(prompt)].tolist() == prompt
+
+
+def test_the_loss_looks_at_the_answers_alone(tokenizer):
+    batch = lm.encode_batch(tokenizer, 4, 10, 2, 96, SMALL)
+    for row in range(2):
+        asked = make_example(4, 10 + row, SMALL).asked
+        places = batch.places[row][batch.weights[row] == 1]
+        learnt = tokenizer.decode(batch.tokens[row][places + 1], skip_special=False)
+        assert learnt == "".join(f"{record.value}<|eos|>" for record in asked)
+
+
+def test_loss_of_even_logits_is_log_of_the_vocabulary(tokenizer):
+    graph, params = split_decoder()
+    params = jax.tree.map(jnp.zeros_like, params)
+    batch = lm.encode_batch(tokenizer, 4, 10, 2, 96, SMALL)
+    value, metrics = jax.jit(lm.answer_loss(graph))(params, batch)
+    np.testing.assert_allclose(value, np.log(512), rtol=1e-6)  # float32 rounding
+    assert metrics["accuracy"] == 0  # all tokens are as likely: token 0, padding, wins
+
+
+def test_weights_of_padding_change_nothing(tokenizer):
+    graph, params = split_decoder()
+    batch = lm.encode_batch(tokenizer, 4, 10, 2, 96, SMALL)
+    longer = lm.encode_batch(tokenizer, 4, 10, 2, 112, dataclasses.replace(SMALL, questions=2))
+    more = longer._replace(
+        places=np.pad(longer.places, ((0, 0), (0, 5))),
+        weights=np.pad(longer.weights, ((0, 0), (0, 5))),
+    )
+    loss = jax.jit(lm.answer_loss(graph))
+    # Sums over other lengths round differently in float32.
+    np.testing.assert_allclose(loss(params, batch)[0], loss(params, more)[0], rtol=1e-5)
+
+
+def test_batches_follow_the_stages_and_repeat_nothing(tokenizer):
+    batches = lm.make_batches(CONFIG, tokenizer)
+    shapes = [batches(step).tokens.shape for step in range(CONFIG.steps)]
+    assert shapes == [(3, 96)] * 2 + [(2, 96)] * 2
+    rows = {row.tobytes() for step in range(CONFIG.steps) for row in batches(step).tokens}
+    assert len(rows) == 10
+    np.testing.assert_array_equal(batches(3).tokens, lm.make_batches(CONFIG, tokenizer)(3).tokens)
+
+
+def test_command_trains_measures_and_exports(run, tmp_path):
+    folder, result = run
+    assert (result["steps"], result["eval_prompts"]) == (4, 18)
+    assert 0 <= result["exact_match"] <= 1
+    graph, params, config = load(result["model"])
+    assert config == dataclasses.replace(CONFIG.model, dtype=config.dtype)
+    tokenizer = Tokenizer.load(folder / "model")
+    assert tokenizer.vocab_size <= config.vocab_size
+    assert lm.exact_match_rate(graph, params, tokenizer, CONFIG) == result["exact_match"]
+
+
+def test_a_killed_command_ends_with_the_same_weights(run, toy, tmp_path, monkeypatch):
+    encode = lm.encode_batch
+
+    def interrupt(tokenizer, seed, first, *rest):
+        if (seed, first) == (CONFIG.seed, 8):  # the last step
+            raise KeyboardInterrupt
+        return encode(tokenizer, seed, first, *rest)
+
+    monkeypatch.setattr(lm, "encode_batch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        lm.main(["--out", str(tmp_path)])
+    monkeypatch.setattr(lm, "encode_batch", encode)
+    assert not (tmp_path / "model").exists()
+    lm.main(["--out", str(tmp_path)])
+    name = "model/model.safetensors"
+    assert (tmp_path / name).read_bytes() == (run[0] / name).read_bytes()
+
+
+def test_fields_of_a_config_can_be_set(toy, tmp_path, monkeypatch):
+    asked = []
+    figures = {"steps": 2, "exact_match": 0.5, "eval_prompts": 2, "model": "there"}
+    monkeypatch.setattr(lm, "train", lambda config, out: asked.append((config, out)) or figures)
+    lm.main(["--out", str(tmp_path), "--steps", "2", "--model.mlp-dim", "8"])
+    model = dataclasses.replace(CONFIG.model, mlp_dim=8)
+    assert asked == [(dataclasses.replace(CONFIG, steps=2, model=model), tmp_path)]
+    with pytest.raises(InputError, match=r"other settings \(model\.mlp_dim, steps\)"):
+        lm.main(["--out", str(tmp_path)])
+
+
+def test_a_file_is_no_run(toy, tmp_path):
+    path = tmp_path / "file"
+    path.write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        lm.main(["--out", str(path)])
+
+
+def test_unknown_config_names_the_known_ones():
+    with pytest.raises(InputError, match=r"no config 'lm_tinny'.*lm_tiny"):
+        lm.main(["--config", "lm_tinny"])
+
+
+def test_shares_of_stages_sum_to_one():
+    with pytest.raises(ValueError, match="sum to 1"):
+        dataclasses.replace(CONFIG, stages=CONFIG.stages[:1])
+
+
+def test_the_built_in_configs_stages_hold_their_documents(tokenizer):
+    """The longest documents fit: as many records and questions as a stage may draw."""
+    for stage in read_config("lm_tiny").stages:
+        most = stage.difficulty.max_records
+        difficulty = dataclasses.replace(stage.difficulty, min_records=most)
+        lm.encode_batch(tokenizer, 9, 0, 200, stage.length, difficulty)

@@ -1,0 +1,1 @@
+"""Training: one program for each kind of model, and the loop that they share."""

@@ -1,0 +1,283 @@
+"""`kvjax train lm`: trains a small decoder that answers questions about records in a document.
+
+What is learnt is the answers alone: the loss looks at the tokens that follow the opening of an
+answer. Documents grow in stages, since finding a value is learnt soonest where there are few.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+
+from kvjax.errors import InputError
+from kvjax.models.attention import causal_attend
+from kvjax.models.decoder import Decoder
+from kvjax.models.hf import save
+from kvjax.models.tokenizer import Tokenizer
+from kvjax.train.chat import ASSISTANT, EOS, PAD, save_tokenizer, train_tokenizer
+from kvjax.train.lm_config import LMConfig, read_config
+from kvjax.train.loop import Loss, Metrics, init_state, make_step, run
+from kvjax.train.tasks.records import Difficulty, make_example, sentences
+
+__all__ = [
+    "Batch",
+    "answer_loss",
+    "encode_batch",
+    "exact_match_rate",
+    "main",
+    "make_batches",
+    "make_optimizer",
+    "train",
+]
+
+Array = jax.Array
+_ANSWER_TOKENS = 5  # four digits and the end
+_EVAL_ROWS = 16
+
+
+class Batch(NamedTuple):
+    """Examples of one step.
+
+    Attributes:
+        tokens: int32[B, T], padded at the end.
+        places: int32[B, A], from which positions an answer's tokens are predicted.
+        weights: float32[B, A], 1 where `places` holds such a position, 0 where it pads.
+    """
+
+    tokens: np.ndarray
+    places: np.ndarray
+    weights: np.ndarray
+
+
+def encode_batch(
+    tokenizer: Tokenizer, seed: int, first: int, size: int, length: int, difficulty: Difficulty
+) -> Batch:
+    """The examples `first` to `first + size - 1` of a seed."""
+    answers = _ANSWER_TOKENS * difficulty.questions
+    batch = Batch(
+        np.full((size, length), tokenizer.backend.token_to_id(PAD), np.int32),
+        np.zeros((size, answers), np.int32),
+        np.zeros((size, answers), np.float32),
+    )
+    for row in range(size):
+        chat = make_example(seed, first + row, difficulty).messages()
+        ids = np.asarray(tokenizer.encode_chat(chat, add_generation_prompt=False), np.int32)
+        if ids.size > length:
+            raise ValueError(f"example {first + row} has {ids.size} tokens, {length=} is too short")
+        places = _answer_places(ids, tokenizer)
+        batch.tokens[row, : ids.size] = ids
+        batch.places[row, : places.size] = places
+        batch.weights[row, : places.size] = 1
+    return batch
+
+
+def _answer_places(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """Positions before each token of each answer, the end included: int32[answers * 5]."""
+    # An answer is what stands between the line break after its mark and the end, that included.
+    starts = np.flatnonzero(ids == tokenizer.backend.token_to_id(ASSISTANT)) + 1
+    ends = np.flatnonzero(ids == tokenizer.backend.token_to_id(EOS))
+    return np.concatenate([np.arange(s, e) for s, e in zip(starts, ends, strict=True)])
+
+
+def _forward(graph: nnx.GraphDef, params: nnx.State, batch: Batch) -> tuple[Array, Array]:
+    """Logits float32[B, A, V] of the answers' tokens, and the tokens int32[B, A]."""
+    decoder = nnx.merge(graph, params)
+    positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1])[None], batch.tokens.shape)
+    attend = causal_attend(decoder.config.layer_windows())
+    hidden, _ = decoder(batch.tokens, positions, (), attend)
+    hidden = jnp.take_along_axis(hidden, batch.places[..., None], axis=1)
+    return decoder.logits(hidden), jnp.take_along_axis(batch.tokens, batch.places + 1, axis=1)
+
+
+def answer_loss(graph: nnx.GraphDef) -> Loss:
+    """The mean cross-entropy of the answers' tokens, in nats, and the share that is right."""
+
+    def loss(params: nnx.State, batch: Batch) -> tuple[Array, Metrics]:
+        logits, targets = _forward(graph, params, batch)
+        total = jnp.sum(batch.weights)
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        right = jnp.where(jnp.argmax(logits, axis=-1) == targets, batch.weights, 0.0)
+        return jnp.sum(nats * batch.weights) / total, {"accuracy": jnp.sum(right) / total}
+
+    return loss
+
+
+def exact_match_rate(
+    graph: nnx.GraphDef, params: nnx.State, tokenizer: Tokenizer, config: LMConfig
+) -> float:
+    """The share of fresh questions, one a document, whose whole answer greedy decoding gets right.
+
+    Greedy decoding writes an answer exactly if and only if each of its tokens is the likeliest
+    after the true ones before it; so one pass over the true answers decides.
+    """
+
+    @jax.jit
+    def right(params: nnx.State, batch: Batch) -> Array:
+        logits, targets = _forward(graph, params, batch)
+        return jnp.all((jnp.argmax(logits, -1) == targets) | (batch.weights == 0), axis=-1)
+
+    difficulty = dataclasses.replace(config.eval_difficulty, questions=1)
+    length = max(stage.length for stage in config.stages)
+    hits = []
+    for first in range(0, config.eval_prompts, _EVAL_ROWS):
+        rows = min(_EVAL_ROWS, config.eval_prompts - first)
+        batch = encode_batch(tokenizer, config.eval_seed, first, rows, length, difficulty)
+        hits.append(right(params, batch))
+    return float(np.mean(np.concatenate(hits)))
+
+
+def make_batches(config: LMConfig, tokenizer: Tokenizer) -> Callable[[int], Batch]:
+    """The batch of each step by its number; no example comes twice in a run."""
+    shares = np.cumsum([stage.share for stage in config.stages])
+    ends = np.rint(shares * config.steps).astype(int)
+    counts = np.diff(ends, prepend=0) * [stage.batch_size for stage in config.stages]
+    firsts = np.cumsum(counts) - counts
+
+    def batch(step: int) -> Batch:
+        index = int(np.searchsorted(ends, step, side="right"))
+        stage = config.stages[index]
+        into = step - int(ends[index - 1] if index else 0)
+        first = int(firsts[index]) + into * stage.batch_size
+        return encode_batch(
+            tokenizer, config.seed, first, stage.batch_size, stage.length, stage.difficulty
+        )
+
+    return batch
+
+
+def make_optimizer(config: LMConfig) -> optax.GradientTransformation:
+    """AdamW behind a clipped gradient, with warm-up and a cosine; norms do not decay."""
+    schedule = optax.schedules.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=min(config.warmup_steps, config.steps // 2),
+        decay_steps=config.steps,
+        end_value=0.01 * config.learning_rate,
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(schedule, b2=config.adam_b2, weight_decay=config.weight_decay, mask=_decays),
+    )
+
+
+def _decays(params: Any) -> Any:
+    """True for every parameter that is a matrix: kernels and the embedding."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "norm" not in jax.tree_util.keystr(path), params
+    )
+
+
+def train(config: LMConfig, folder: Path) -> dict[str, Any]:
+    """Trains or resumes, measures, writes `folder`/model; returns the run's figures."""
+    tokenizer = train_tokenizer(sentences(), config.model.vocab_size)
+    graph, params = nnx.split(Decoder(config.model, rngs=nnx.Rngs(config.seed)))
+    optimizer = make_optimizer(config)
+    start = time.perf_counter()
+    state = run(
+        make_step(answer_loss(graph), optimizer),
+        init_state(params, optimizer),
+        make_batches(config, tokenizer),
+        steps=config.steps, folder=folder,
+        save_every=config.save_every, log_every=config.log_every,
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    save(folder / "model", config.model, state.params, dtype="float32")
+    save_tokenizer(folder / "model", tokenizer, max_positions=config.model.max_positions)
+    return {
+        "steps": int(state.step),
+        "seconds": round(seconds, 1),
+        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        "exact_match": exact_match_rate(graph, state.params, tokenizer, config),
+        "eval_prompts": config.eval_prompts,
+        "model": str(folder / "model"),
+    }
+
+
+def _settle(folder: Path, config: LMConfig) -> None:
+    """Notes the config in the run's folder, or holds it against the one that is there."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: give --out a folder for the run")
+    path, fields = folder / "run.json", json.loads(json.dumps(dataclasses.asdict(config)))
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        return
+    there = json.loads(path.read_text(encoding="utf-8"))
+    if names := _differences(there, fields):
+        raise InputError(
+            f"{path} has other settings ({', '.join(names)}): "
+            "repeat them to resume that run, or give another --out"
+        )
+
+
+def _differences(a: Any, b: Any) -> list[str]:
+    """Dotted names of the fields in which two nested settings differ."""
+    flat_a, flat_b = (
+        {jax.tree_util.keystr(k, simple=True, separator="."): v for k, v in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (a, b))
+    )
+    names = sorted(flat_a.keys() | flat_b.keys())
+    return [name for name in names if flat_a.get(name) != flat_b.get(name)]
+
+
+def _config_name(argv: Sequence[str]) -> str:
+    """What --config says; it is read first, since it gives the other options their defaults."""
+    words = [part for word in argv for part in word.split("=", 1)]
+    at = words.index("--config") + 1 if "--config" in words else len(words)
+    return words[at] if at < len(words) else "lm_tiny"
+
+
+def _options(argv: Sequence[str]) -> Any:
+    """The command line; the named config's values are the defaults of its fields."""
+    name = _config_name(argv)
+    default = read_config(name)
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Options:
+        """Train a small language model that answers questions about records in a document.
+
+        Run the same command again after an interruption: it goes on from its last checkpoint.
+        """
+
+        config: str = name
+        """A config of kvjax.configs by name; the other options change single fields of it."""
+        out: Path = Path("runs") / name
+        """Folder of the run: checkpoints, metrics.jsonl, and in the end model/."""
+        json: bool = False
+        """End with one JSON object on stdout."""
+        fields: Annotated[LMConfig, tyro.conf.arg(name="")] = default
+
+    return tyro.cli(Options, prog="kvjax train lm", args=argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    options = _options(sys.argv[1:] if argv is None else argv)
+    _settle(options.out, options.fields)
+    result = train(options.fields, options.out)
+    if options.json:
+        print(json.dumps(result))
+    else:
+        print(
+            f"{result['steps']} steps; {result['exact_match']:.1%} of {result['eval_prompts']} "
+            f"fresh questions answered right; the model is in {result['model']}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print(f"kvjax: error: {error}", file=sys.stderr)
+        sys.exit(2)

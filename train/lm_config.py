@@ -1,0 +1,81 @@
+"""What a run of `kvjax train lm` is made of, and where named ones are found."""
+
+import dataclasses
+import importlib
+import pkgutil
+
+from kvjax.errors import InputError
+from kvjax.models.decoder import DecoderConfig
+from kvjax.train.tasks.records import Difficulty
+
+__all__ = ["LMConfig", "Stage", "read_config"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of a training run, with documents of one size.
+
+    Attributes:
+        share: of the run's steps; the shares of all stages sum to 1.
+        batch_size: examples a step.
+        length: tokens to which examples are padded; none is longer.
+        difficulty: of the documents.
+    """
+
+    share: float
+    batch_size: int
+    length: int
+    difficulty: Difficulty
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LMConfig:
+    """A training run of `kvjax train lm`.
+
+    Attributes:
+        model: sizes of the decoder; its vocabulary bounds the tokenizer's.
+        stages: what is learnt, in order.
+        steps: of all stages together.
+        learning_rate: the highest, after `warmup_steps`; a cosine takes it to 1 % of that.
+        weight_decay: of the matrices, not of norms.
+        clip_norm: the largest norm of a gradient.
+        seed: of the data and of the first parameters.
+        eval_seed: of the documents on which the result is measured; other than `seed`.
+        eval_prompts: how many, one question each.
+        eval_difficulty: of those documents.
+        save_every, log_every: steps between checkpoints and between lines of metrics.
+    """
+
+    model: DecoderConfig
+    stages: tuple[Stage, ...]
+    steps: int
+    eval_difficulty: Difficulty
+    learning_rate: float = 3e-3
+    warmup_steps: int = 50
+    adam_b2: float = 0.98
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    seed: int = 0
+    eval_seed: int = 1_000_000
+    eval_prompts: int = 256
+    save_every: int = 200
+    log_every: int = 50
+
+    def __post_init__(self) -> None:
+        total = sum(stage.share for stage in self.stages)
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the shares of the stages sum to {total}; they must sum to 1")
+
+
+def read_config(name: str) -> LMConfig:
+    """The config of `kvjax.configs` with this name.
+
+    Raises:
+        InputError: there is none for this program; the message lists those there are.
+    """
+    # By name, since configs import this module and not the other way round.
+    package = importlib.import_module("kvjax.configs")
+    known = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name[:3] == "lm_")
+    if name not in known:
+        raise InputError(f"no config {name!r} for train lm: use one of {', '.join(known)}")
+    return importlib.import_module(f"kvjax.configs.{name}").config
