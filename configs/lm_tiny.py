@@ -20,18 +20,30 @@ config = LMConfig(
     ),
     stages=(
         Stage(
-            share=0.3, batch_size=32, length=112,
-            difficulty=Difficulty(min_records=2, max_records=3, questions=3, shared_words=False),
+            share=0.15, batch_size=12, length=128, first_window=8,
+            difficulty=Difficulty(min_records=3, max_records=4, questions=4, shared_words=False),
         ),
         Stage(
-            share=0.3, batch_size=16, length=256,
-            difficulty=Difficulty(min_records=4, max_records=8, questions=8),
+            share=0.10, batch_size=12, length=208, first_window=12,
+            difficulty=Difficulty(min_records=2, max_records=6, questions=6),
         ),
         Stage(
-            share=0.4, batch_size=8, length=512,
-            difficulty=Difficulty(min_records=8, max_records=24, questions=8),
+            share=0.15, batch_size=8, length=304, first_window=24,
+            difficulty=Difficulty(min_records=4, max_records=10, questions=8),
+        ),
+        Stage(
+            share=0.15, batch_size=8, length=400, first_window=64,
+            difficulty=Difficulty(min_records=8, max_records=16, questions=8),
+        ),
+        Stage(
+            share=0.25, batch_size=6, length=512,
+            difficulty=Difficulty(min_records=12, max_records=24, questions=8),
+        ),
+        Stage(
+            share=0.2, batch_size=4, length=1024,
+            difficulty=Difficulty(min_records=24, max_records=56, questions=10),
         ),
     ),
-    steps=3000,
+    steps=1200,
     eval_difficulty=Difficulty(min_records=8, max_records=24),
 )  # fmt: skip

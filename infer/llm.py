@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.resources
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from kvjax.errors import InputError
 from kvjax.infer.engine import Engine
 from kvjax.infer.sampling import SamplingParams
 from kvjax.models import hf
-from kvjax.models.tokenizer import TextStream, Tokenizer
+from kvjax.models.tokenizer import TextStream, Tokenizer, named_ids
 from kvjax.plan import Grid, Request, Sampled
 
 __all__ = ["BUILT_IN_MODELS", "LLM", "Chunk", "Completion", "Prompt", "find_model"]
@@ -82,9 +82,12 @@ class LLM:
     'length'
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer | None, eos_ids: Iterable[int] = ()
+    ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
+        self.eos_ids = frozenset(eos_ids)
         self._next_id = 0
 
     @staticmethod
@@ -102,7 +105,8 @@ class LLM:
 
         Args:
             model: a Hugging Face folder (config.json, tokenizer.json, *.safetensors), a finished
-                run of `kvjax train lm`, or the name of a built-in model.
+                run of `kvjax train lm`, or the name of a built-in model. Without a tokenizer.json
+                prompts are token ids, and the texts of answers are empty.
             dtype: "float32" or "bfloat16"; None: as stored.
             kv_memory: bytes for the KV cache, in device layout; None: most of what the device has
                 left, on the CPU what `max_rows` rows of `max_length` need but at most 1 GiB.
@@ -117,7 +121,9 @@ class LLM:
             InputError: something in the folder cannot be used, or the memory is too little.
         """
         folder = find_model(model)
-        tokenizer = Tokenizer.load(folder)
+        hf.read_config(folder)  # first of all: the plainest thing that may be wrong
+        tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+        eos_ids = tokenizer.eos_ids if tokenizer else named_ids(folder, "eos")
         graph, params, config = hf.load(folder, dtype=dtype, mesh=mesh)
         length = min(max_length or 8192, config.max_positions)
         grid = _grid(length, max_rows, page_size)
@@ -127,7 +133,7 @@ class LLM:
             pages_per_row=grid.pages_per_row, dtype=config.dtype,
         )  # fmt: skip
         cache = dataclasses.replace(cache, num_pages=_num_pages(cache, kv_memory))
-        return LLM(Engine(graph, params, config, cache, grid, mesh), tokenizer)
+        return LLM(Engine(graph, params, config, cache, grid, mesh), tokenizer, eos_ids)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt],
@@ -183,17 +189,20 @@ class LLM:
                 f"the prompt has {len(ids)} tokens but a sequence holds {capacity}: "
                 "shorten it, or raise the maximum length or the KV memory"
             )
-        worst = max(ids)
-        if worst >= self.engine.model.vocab_size or min(ids) < 0:
-            raise InputError(f"the prompt has a token id outside of 0..{worst}")
+        last = self.engine.model.vocab_size - 1
+        if min(ids) < 0 or max(ids) > last:
+            raise InputError(f"the prompt has token ids outside of 0..{last}")
         return ids
 
     def _tokens(self, prompt: Prompt) -> Sequence[int]:
+        is_chat = bool(prompt) and isinstance(prompt[0], Mapping)
+        if not isinstance(prompt, str) and not is_chat:
+            return prompt  # pyright: ignore[reportReturnType]
+        if self.tokenizer is None:
+            raise InputError("the model's folder has no tokenizer.json: give token ids, or add it")
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        if prompt and isinstance(prompt[0], Mapping):
-            return self.tokenizer.encode_chat(prompt)  # pyright: ignore[reportArgumentType]
-        return prompt  # pyright: ignore[reportReturnType]
+        return self.tokenizer.encode_chat(prompt)  # pyright: ignore[reportArgumentType]
 
     def _request(self, prompt: Prompt, params: SamplingParams, index: int) -> Request:
         self._next_id += 1
@@ -204,12 +213,15 @@ class LLM:
             temperature=params.temperature,
             top_p=params.top_p,
             seed=index if params.seed is None else params.seed,
-            stop_ids=frozenset() if params.ignore_eos else frozenset(self.tokenizer.eos_ids),
+            stop_ids=frozenset() if params.ignore_eos else self.eos_ids,
         )
+
+    def _text_stream(self) -> TextStream:
+        return self.tokenizer.stream() if self.tokenizer else TextStream(lambda ids: "")
 
     def _run(self, requests: list[Request]) -> Iterator[Chunk]:
         answers = {
-            request.id: _Answer(index, len(request.prompt), self.tokenizer.stream())
+            request.id: _Answer(index, len(request.prompt), self._text_stream())
             for index, request in enumerate(requests)
         }
         for request in requests:

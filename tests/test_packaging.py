@@ -2,6 +2,7 @@
 
 import fnmatch
 import importlib.metadata
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -18,23 +19,28 @@ COMMANDS = (
 )
 
 
-def is_ours(path):
-    """Whether the project put it there: no environment, build output or cache."""
+def walk(top=ROOT):
+    """Each folder of the project, with what stands in it; no environment, build output or cache."""
     made = ("build", "dist", "runs", "__pycache__")
-    parts = path.relative_to(ROOT).parts
-    hidden = any(part.startswith(".") and part != ".ci" for part in parts)
-    return not hidden and not any(part in made or part.endswith(".egg-info") for part in parts)
+    for folder, folders, files in os.walk(top):
+        folders[:] = [
+            name
+            for name in folders
+            if name not in made and not name.endswith(".egg-info")
+            if not name.startswith(".") or name == ".ci"
+        ]
+        yield Path(folder), folders, files
 
 
 def packages():
     """Name and folder of each package, from the folders."""
-    files = (path for top in TOP for path in (ROOT / top).rglob("*.py") if is_ours(path))
-    folders = {path.parent for path in files}
-    tails = {folder: folder.relative_to(ROOT).parts for folder in folders}
-    return {
-        ".".join(parts if parts[0] == "kvjax" else ("kvjax", *parts)): folder
-        for folder, parts in tails.items()
-    }
+    found = {}
+    for top in TOP:
+        for folder, _, files in walk(ROOT / top):
+            if any(name.endswith(".py") for name in files):
+                parts = folder.relative_to(ROOT).parts
+                found[".".join(parts if top == "kvjax" else ("kvjax", *parts))] = folder
+    return found
 
 
 def test_package_list_is_the_folders():
@@ -48,9 +54,7 @@ def test_package_dir_maps_each_top_level_folder():
 
 
 def test_every_package_has_an_init():
-    assert [
-        name for name, folder in packages().items() if not (folder / "__init__.py").is_file()
-    ] == []
+    assert all((folder / "__init__.py").is_file() for folder in packages().values())
 
 
 def test_package_data_is_the_files():
@@ -74,10 +78,9 @@ def test_package_data_is_the_files():
 
 
 def test_nothing_is_empty():
-    ours = [path for path in ROOT.rglob("*") if is_ours(path)]
-    folders = [path for path in ours if path.is_dir() and not any(map(is_ours, path.iterdir()))]
-    files = [path for path in ours if path.is_file() and path.name != "py.typed"]
-    assert folders == []
+    found = list(walk())
+    assert [folder for folder, folders, files in found if not folders and not files] == []
+    files = [folder / name for folder, _, names in found for name in names if name != "py.typed"]
     assert [path for path in files if not path.stat().st_size] == []
 
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import tyro
 from flax import nnx
 
@@ -34,6 +35,7 @@ __all__ = [
     "answer_loss",
     "encode_batch",
     "exact_match_rate",
+    "first_decoder",
     "main",
     "make_batches",
     "make_optimizer",
@@ -52,15 +54,23 @@ class Batch(NamedTuple):
         tokens: int32[B, T], padded at the end.
         places: int32[B, A], from which positions an answer's tokens are predicted.
         weights: float32[B, A], 1 where `places` holds such a position, 0 where it pads.
+        window: int32 scalar, how many of the last positions the first layer sees; 0 is all.
     """
 
     tokens: np.ndarray
     places: np.ndarray
     weights: np.ndarray
+    window: np.ndarray
 
 
 def encode_batch(
-    tokenizer: Tokenizer, seed: int, first: int, size: int, length: int, difficulty: Difficulty
+    tokenizer: Tokenizer,
+    seed: int,
+    first: int,
+    size: int,
+    length: int,
+    difficulty: Difficulty,
+    window: int = 0,
 ) -> Batch:
     """The examples `first` to `first + size - 1` of a seed."""
     answers = _ANSWER_TOKENS * difficulty.questions
@@ -68,6 +78,7 @@ def encode_batch(
         np.full((size, length), tokenizer.backend.token_to_id(PAD), np.int32),
         np.zeros((size, answers), np.int32),
         np.zeros((size, answers), np.float32),
+        np.asarray(window, np.int32),
     )
     for row in range(size):
         chat = make_example(seed, first + row, difficulty).messages()
@@ -93,8 +104,9 @@ def _forward(graph: nnx.GraphDef, params: nnx.State, batch: Batch) -> tuple[Arra
     """Logits float32[B, A, V] of the answers' tokens, and the tokens int32[B, A]."""
     decoder = nnx.merge(graph, params)
     positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1])[None], batch.tokens.shape)
-    attend = causal_attend(decoder.config.layer_windows())
-    hidden, _ = decoder(batch.tokens, positions, (), attend)
+    windows = jnp.asarray(decoder.config.windows or (0,) * decoder.config.num_layers, jnp.int32)
+    windows = windows.at[0].set(jnp.where(batch.window > 0, batch.window, windows[0]))
+    hidden, _ = decoder(batch.tokens, positions, (), causal_attend(windows))
     hidden = jnp.take_along_axis(hidden, batch.places[..., None], axis=1)
     return decoder.logits(hidden), jnp.take_along_axis(batch.tokens, batch.places + 1, axis=1)
 
@@ -148,15 +160,21 @@ def make_batches(config: LMConfig, tokenizer: Tokenizer) -> Callable[[int], Batc
         stage = config.stages[index]
         into = step - int(ends[index - 1] if index else 0)
         first = int(firsts[index]) + into * stage.batch_size
+        size, length = stage.batch_size, stage.length
         return encode_batch(
-            tokenizer, config.seed, first, stage.batch_size, stage.length, stage.difficulty
+            tokenizer, config.seed, first, size, length, stage.difficulty, stage.first_window
         )
 
     return batch
 
 
 def make_optimizer(config: LMConfig) -> optax.GradientTransformation:
-    """AdamW behind a clipped gradient, with warm-up and a cosine; norms do not decay."""
+    """Muon (Jordan et al. 2024) for the kernels and Adam for the rest, behind a clipped gradient.
+
+    The learning rate warms up and follows a cosine. Muon is here for its speed: on this task it
+    reaches a loss in about half of AdamW's steps. Its steps are scaled to the size of Adam's
+    (Liu et al. 2025), so that one learning rate serves both.
+    """
     schedule = optax.schedules.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
@@ -164,23 +182,47 @@ def make_optimizer(config: LMConfig) -> optax.GradientTransformation:
         decay_steps=config.steps,
         end_value=0.01 * config.learning_rate,
     )
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule, b2=config.adam_b2, weight_decay=config.weight_decay, mask=_decays),
+    muon = optax.contrib.muon(
+        schedule,
+        adam_b2=config.adam_b2,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=_matrices,
     )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), muon)
 
 
-def _decays(params: Any) -> Any:
-    """True for every parameter that is a matrix: kernels and the embedding."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: "norm" not in jax.tree_util.keystr(path), params
-    )
+def _matrices(params: Any) -> Any:
+    """Which axes of each kernel are a matrix's rows and columns; None for all other parameters."""
+
+    def axes(path: tuple, x: Array) -> optax.contrib.MuonDimensionNumbers | None:
+        names = jax.tree_util.keystr(path)
+        if "kernel" not in names:
+            return None
+        inputs = 2 if "out" in names else 1  # after the layers' axis: heads and their size, or one
+        numbers = tuple(range(1, x.ndim))
+        return optax.contrib.MuonDimensionNumbers(numbers[:inputs], numbers[inputs:])
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def first_decoder(config: LMConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """A fresh decoder, split, whose layers add little to the stream at first.
+
+    With tied embeddings the stream starts small, and layers at full size would drown the tokens.
+    """
+    graph, params = nnx.split(Decoder(config.model, rngs=nnx.Rngs(config.seed)))
+
+    def damp(path: tuple, x: Array) -> Array:
+        names = jax.tree_util.keystr(path)
+        return 0.1 * x if "kernel" in names and ("out" in names or "down" in names) else x
+
+    return graph, jax.tree_util.tree_map_with_path(damp, params)
 
 
 def train(config: LMConfig, folder: Path) -> dict[str, Any]:
     """Trains or resumes, measures, writes `folder`/model; returns the run's figures."""
     tokenizer = train_tokenizer(sentences(), config.model.vocab_size)
-    graph, params = nnx.split(Decoder(config.model, rngs=nnx.Rngs(config.seed)))
+    graph, params = first_decoder(config)
     optimizer = make_optimizer(config)
     start = time.perf_counter()
     state = run(

@@ -20,12 +20,17 @@ class Stage:
         batch_size: examples a step.
         length: tokens to which examples are padded; none is longer.
         difficulty: of the documents.
+        first_window: how many of the last positions the first layer sees; 0 is all of them.
+            To find a value, one layer has to gather the words of a key and the next to compare
+            keys, and neither learns before the other. In a window of a few tokens any attention
+            gathers the key, so the comparison is learnt at once; the window can then widen.
     """
 
     share: float
     batch_size: int
     length: int
     difficulty: Difficulty
+    first_window: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +42,7 @@ class LMConfig:
         stages: what is learnt, in order.
         steps: of all stages together.
         learning_rate: the highest, after `warmup_steps`; a cosine takes it to 1 % of that.
-        weight_decay: of the matrices, not of norms.
+        adam_b2: of Adam, which trains the embedding and the norms.
         clip_norm: the largest norm of a gradient.
         seed: of the data and of the first parameters.
         eval_seed: of the documents on which the result is measured; other than `seed`.
@@ -50,10 +55,9 @@ class LMConfig:
     stages: tuple[Stage, ...]
     steps: int
     eval_difficulty: Difficulty
-    learning_rate: float = 3e-3
+    learning_rate: float = 6e-3
     warmup_steps: int = 50
     adam_b2: float = 0.98
-    weight_decay: float = 0.1
     clip_norm: float = 1.0
     seed: int = 0
     eval_seed: int = 1_000_000

@@ -88,7 +88,7 @@ def _read(path: Path) -> str:
 
 
 def _prompt(args: Generate, llm: LLM, text: str) -> Prompt:
-    if args.raw or not llm.tokenizer.chat_template:
+    if args.raw or llm.tokenizer is None or llm.tokenizer.chat_template is None:
         if args.system is not None:
             raise InputError("--system needs a model with a chat template, and no --raw")
         return text

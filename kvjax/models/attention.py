@@ -30,7 +30,9 @@ def causal_attend(windows: Array | None = None) -> Attend:
             window = windows[layer]
             seen &= (window == 0) | (key > query - window)
         # float32 in, float32 through: on accelerators the default would shorten the products.
-        with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default"):
+        precision = "highest" if q.dtype == jnp.float32 else "default"
+        # jax.nn's attention mixes dtypes by itself; strict promotion is for our own arithmetic.
+        with jax.default_matmul_precision(precision), jax.numpy_dtype_promotion("standard"):
             return jax.nn.dot_product_attention(q, k, v, mask=seen[None, None]), state
 
     return attend

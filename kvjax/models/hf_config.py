@@ -60,11 +60,11 @@ class _Fields:
             raise self.error(name, f"is {value!r}, not {wanted}")
         return value
 
-    def integer(self, name: str, default: int | None = None) -> int:
-        """A whole number of at least 1."""
+    def integer(self, name: str, default: int | None = None, most: int = 2**31 - 1) -> int:
+        """A whole number from 1 to `most`."""
         value = self.get(name, default, (int,), "a positive integer")
-        if value < 1:
-            raise self.error(name, f"is {value}, not a positive integer")
+        if not 1 <= value <= most:
+            raise self.error(name, f"is {value}, not a positive integer up to {most}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -100,7 +100,8 @@ def read_config(folder: str | Path) -> DecoderConfig:
     fields = _read_fields(folder)
     architecture, family = _family(fields)
     _refuse_unsupported(fields)
-    num_layers, embed_dim = fields.integer("num_hidden_layers"), fields.integer("hidden_size")
+    num_layers = fields.integer("num_hidden_layers", most=10_000)
+    embed_dim = fields.integer("hidden_size")
     num_heads = fields.integer("num_attention_heads")
     max_positions = fields.integer("max_position_embeddings", family.max_positions)
     bias = family.model_type in ("llama", "qwen3") and fields.flag("attention_bias")

@@ -23,7 +23,7 @@ import tokenizers
 from kvjax.errors import InputError
 from kvjax.models.hf_files import check_folder, read_json
 
-__all__ = ["TextStream", "Tokenizer"]
+__all__ = ["TextStream", "Tokenizer", "named_ids"]
 
 Message = Mapping[str, Any]
 
@@ -202,12 +202,14 @@ def _special_tokens(folder: Path) -> dict[str, str]:
     return found
 
 
-def _token_ids(
-    folder: Path, role: str, backend: tokenizers.Tokenizer, special: Mapping[str, str]
-) -> tuple[int, ...]:
-    """The ids with a role ("bos" or "eos"), from the first file that names any."""
+def named_ids(folder: str | Path, role: str) -> tuple[int, ...]:
+    """The ids that generation_config.json, else config.json, gives a role ("bos" or "eos").
+
+    Raises:
+        InputError: what stands there is no token id and no list of them.
+    """
     for name in ("generation_config.json", "config.json"):
-        file = folder / name
+        file = Path(folder) / name
         value = _optional_json(file).get(f"{role}_token_id")
         if value is None:
             continue
@@ -216,12 +218,21 @@ def _token_ids(
             problem = f"{role + '_token_id'!r} is {value!r}, not a token id or a list of them"
             raise InputError(f"{file}: {problem}; mend {name}")
         return tuple(ids)
-    text = special.get(f"{role}_token")
-    token = None if text is None else backend.token_to_id(text)
-    if text is not None and token is None:
+    return ()
+
+
+def _token_ids(
+    folder: Path, role: str, backend: tokenizers.Tokenizer, special: Mapping[str, str]
+) -> tuple[int, ...]:
+    """The ids with a role, from the configurations or else from the text of the special token."""
+    ids, text = named_ids(folder, role), special.get(f"{role}_token")
+    if ids or text is None:
+        return ids
+    token = backend.token_to_id(text)
+    if token is None:
         file = folder / "tokenizer_config.json"
         raise InputError(f"{file}: '{role}_token' {text!r} is not in tokenizer.json; mend either")
-    return () if token is None else (token,)
+    return (token,)
 
 
 def _chat_template(folder: Path) -> tuple[str | None, Path]:

@@ -15,7 +15,7 @@ Array = np.ndarray
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Bucket:
-    """One compiled shape: T tokens, B rows that are sampled, and whether a row may bring a chunk."""
+    """One compiled shape: T tokens, B sampled rows, and whether a row may bring a chunk."""
 
     tokens: int
     rows: int
@@ -151,7 +151,10 @@ def cut_items(rows: Array, pages: Array, first: Array, end: Array, split: int) -
     """Cuts (row, page count, query run) into work items of at most `split` pages.
 
     Args:
-        rows, pages, first, end: int[n].
+        rows: int[n].
+        pages: int[n], how many each reads.
+        first: int[n], its first query.
+        end: int[n], the query after its last.
         split: pages an item; cuts lie at its multiples, whatever else is in the batch.
 
     Returns:

@@ -1,6 +1,7 @@
 """The pool's operations against numpy, eager and jitted with donation, in layer and head groups."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +48,8 @@ def i32(x):
 def poured(config, value=np.nan):
     """A pool full of `value`; the position plane, where there is one, full of -1."""
     pool, table = config.init()
-    return dataclasses.replace(
-        pool, k=jnp.full_like(pool.k, value), v=jnp.full_like(pool.v, value)
-    ), table
+    full = np.full(pool.k.shape, value, pool.k.dtype)
+    return dataclasses.replace(pool, k=jnp.asarray(full), v=jnp.asarray(full)), table
 
 
 def random_table(rng, config, lengths):
@@ -63,21 +63,17 @@ def random_table(rng, config, lengths):
     )  # fmt: skip
 
 
-def place(config, table, layer, head, row, slot):
-    """Where one token of one layer and head lies: the index into `KVPool.k`."""
-    g, h = layer // config.R, head // config.C
-    page = int(table.pages[g, h, row, slot // config.page_size])
-    return page, layer % config.R, head % config.C, slot % config.page_size
-
-
 def fill(rng, config, pool, table):
     """Random tokens in all slots in use; returns the pool and dense k, v [L, B, S, K, D]."""
-    k, v = np.array(pool.k), np.array(pool.v)
-    shape = (config.num_layers, config.max_rows, config.pages_per_row * config.page_size)
+    k, v, pages, length = map(np.array, (pool.k, pool.v, table.pages, table.length))
+    size = config.page_size
+    shape = (config.num_layers, config.max_rows, config.pages_per_row * size)
     dense = np.zeros((2, *shape, config.num_kv_heads, config.head_dim), np.float32)
     for layer, row, head in np.ndindex(shape[0], shape[1], config.num_kv_heads):
-        for slot in range(int(table.length[layer // config.R, head // config.C, row])):
-            where = place(config, table, layer, head, row, slot)
+        g, h = layer // config.R, head // config.C
+        for slot in range(length[g, h, row]):
+            page = pages[g, h, row, slot // size]
+            where = page, layer % config.R, head % config.C, slot % size
             k[where], v[where] = dense[:, layer, row, slot, head] = rng.normal(
                 size=(2, config.head_dim)
             )
@@ -168,12 +164,10 @@ def test_gather_reads_rows_and_nothing_dead(run):
     """The pool is full of NaN where nobody wrote; a row without pages reads as zeros."""
     config, rng = GROUPED, np.random.default_rng(2)
     table = random_table(rng, config, rng.integers(0, 9, size=(2, 2, 3)))
-    pages = table.pages.at[:, :, 1, 1].set(config.num_pages)  # this row has one page only
-    table = dataclasses.replace(
-        table,
-        pages=pages,
-        length=table.length.at[:, :, 1].set(jnp.minimum(table.length[:, :, 1], 4)),
-    )
+    pages, length = np.array(table.pages), np.array(table.length)
+    pages[:, :, 1, 1] = config.num_pages  # this row has one page only
+    length[:, :, 1] = np.minimum(length[:, :, 1], 4)
+    table = dataclasses.replace(table, pages=i32(pages), length=i32(length))
     pool, k, v = fill(rng, config, poured(config)[0], table)
     got = run(gather, donate=())(pool, table, i32([2, 1, 2]))
     for dense, out in zip((k, v), got, strict=True):
@@ -199,12 +193,12 @@ def tracked(seed, lengths):
     table = random_table(rng, config, lengths)
     pool, k, v = fill(rng, config, poured(config)[0], table)
     plane = np.full((config.num_pages, 4), -1, np.int32)
+    pages, lengths = np.asarray(table.pages), np.asarray(table.length)
     position = np.zeros((2, 2, 3, 8), np.int32)
     for g, h, row in np.ndindex(2, 2, 3):
         position[g, h, row] = np.sort(rng.permutation(20)[:8])
-        for slot in range(int(table.length[g, h, row])):
-            page = int(table.pages[g, h, row, slot // 4])
-            plane[page, slot % 4] = position[g, h, row, slot]
+        for slot in range(lengths[g, h, row]):
+            plane[pages[g, h, row, slot // 4], slot % 4] = position[g, h, row, slot]
     pool = dataclasses.replace(pool, position=jnp.asarray(plane))
     table = dataclasses.replace(table, position=i32([20, 20, 20]))
     return config, rng, pool, table, k, v, position
@@ -214,26 +208,27 @@ def test_compact_moves_the_kept_to_the_front_in_order(run):
     """Each layer and head group keeps what it wants; what is not in use is never kept."""
     lengths = np.random.default_rng(3).integers(3, 9, size=(2, 2, 3))
     config, rng, pool, table, k, v, position = tracked(4, lengths)
-    before = jax.tree.map(np.asarray, (pool, table))
+    before = jax.tree.map(np.array, (pool, table))  # copies: both are donated
     rows = [2, 0]
     keep = rng.random((2, 2, 2, 8)) < 0.5
     keep[0, 0, 0] = False  # everything goes
     keep[1, 1, 1] = True  # everything stays
     pool, table = run(compact, donate=(0, 1))(pool, table, i32(rows), jnp.asarray(keep))
+    dense_k, dense_v = map(np.asarray, gather(pool, table, i32(rows)))
+    pool, table = jax.tree.map(np.asarray, (pool, table))
     for g, h, n in np.ndindex(2, 2, 2):
-        row, old = rows[n], int(lengths[g, h, rows[n]])
+        row, old = rows[n], lengths[g, h, rows[n]]
         (kept,) = np.nonzero(keep[g, h, n, :old])
         assert table.length[g, h, row] == len(kept)
         used = -(-len(kept) // 4)
         same(table.pages[g, h, row, :used], before[1].pages[g, h, row, :used])
         same(table.pages[g, h, row, used:], np.full(2 - used, config.num_pages))
         for slot, source in enumerate(kept):
-            page = int(table.pages[g, h, row, slot // 4])
+            page = table.pages[g, h, row, slot // 4]
             assert pool.position[page, slot % 4] == position[g, h, row, source]
-    dense_k, dense_v = gather(pool, table, i32(rows))
     for layer, head, n in np.ndindex(3, 4, 2):
         g, h, row = layer // 2, head // 2, rows[n]
-        (kept,) = np.nonzero(keep[g, h, n, : int(lengths[g, h, row])])
+        (kept,) = np.nonzero(keep[g, h, n, : lengths[g, h, row]])
         same(dense_k[n, layer, head, : len(kept)], k[layer, row, kept, head])
         same(dense_v[n, layer, head, : len(kept)], v[layer, row, kept, head])
     # The other row and the next true positions are as they were.
@@ -261,6 +256,7 @@ def attend(q, keys, values):
     return np.stack(out)
 
 
+@functools.partial(jax.jit, donate_argnums=(0, 1))
 def decode_step(pool, table, q, k, v, window, row):
     """Writes one token per row, then attends with every layer: out [L, T, H, D]."""
     position = table.position[row]
@@ -278,12 +274,13 @@ def decode_step(pool, table, q, k, v, window, row):
 
 
 @pytest.mark.parametrize("window", [0, 12])
-def test_a_step_after_an_eviction_sees_the_kept_tokens(run, window):
+def test_a_step_after_an_eviction_sees_the_kept_tokens(window):
     """Window and causality by true positions, which the kept slots no longer are."""
     lengths = np.random.default_rng(5).integers(4, 8, size=(2, 2, 3))
     config, rng, pool, table, k, v, position = tracked(6, lengths)
     keep = rng.random((2, 2, 3, 8)) < 0.5
-    pool, table = run(compact, donate=(0, 1))(pool, table, i32([0, 1, 2]), jnp.asarray(keep))
+    evict = jax.jit(compact, donate_argnums=(0, 1))
+    pool, table = evict(pool, table, i32([0, 1, 2]), jnp.asarray(keep))
     # A page that was given up belongs to somebody else now; the row needs one for the new token.
     used = {int(p) for p in np.asarray(table.pages).reshape(-1)}
     free = [p for p in range(config.num_pages) if p not in used]
@@ -292,17 +289,15 @@ def test_a_step_after_an_eviction_sees_the_kept_tokens(run, window):
         if pages[(*where, need[where])] == config.num_pages:
             pages[(*where, need[where])] = free.pop()
     table = dataclasses.replace(table, pages=i32(pages))
-    dead = jnp.asarray(free)
-    pool = dataclasses.replace(
-        pool, k=pool.k.at[dead].set(jnp.nan), v=pool.v.at[dead].set(jnp.nan),
-        position=pool.position.at[dead].set(0),
-    )  # fmt: skip
+    pool = jax.tree.map(np.array, pool)
+    pool.k[free], pool.v[free], pool.position[free] = np.nan, np.nan, 0
+    pool = jax.tree.map(jnp.asarray, pool)
     q = rng.normal(size=(3, 3, 8, 8)).astype(np.float32)
     new = rng.normal(size=(2, 3, 3, 4, 8)).astype(np.float32)
-    step = run(decode_step, donate=(0, 1))
-    out, pool, table = step(
+    out, pool, table = decode_step(
         pool, table, jnp.asarray(q), *map(jnp.asarray, new), i32(window), i32([0, 1, 2])
     )
+    out = np.asarray(out)
     for layer, row, h in np.ndindex(3, 3, 2):
         g, heads = layer // 2, slice(2 * h, 2 * h + 2)
         kept = keep[g, h, row] & (np.arange(8) < lengths[g, h, row])

@@ -1,5 +1,10 @@
 """The whole way: a folder of weights, prompts in, answers out, against a dense recompute."""
 
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
 import models_for_tests
 import numpy as np
 import pytest
@@ -67,8 +72,6 @@ def test_greedy_answers_equal_a_dense_recompute(llm, logits):
 def test_chunked_prefill_equals_whole_prefill(folder, logits, budget):
     """Prompts in chunks of at most 1, 7 and 64 tokens, windows straddling them."""
     llm = LLM.load(folder, max_rows=1, page_size=4)
-    import dataclasses
-
     grid = dataclasses.replace(
         llm.engine.grid, token_buckets=(budget,), tile_queries=5, split_pages=2
     )
@@ -107,9 +110,6 @@ def test_nothing_compiles_after_warm_up(llm):
 
 
 def test_compilations_are_counted():
-    import jax
-    import jax.numpy as jnp
-
     with CompilationCount() as compiled:
         jax.jit(lambda x: x * 3 + 41)(jnp.ones(7))
     assert compiled.count >= 1
@@ -154,10 +154,8 @@ def test_an_end_token_ends_the_answer(llm):
     (long,) = llm.generate([5, 6, 7], GREEDY)
     end = long.token_ids[4]
     first = long.token_ids.index(end)
-    import dataclasses
-
-    tokenizer = dataclasses.replace(llm.tokenizer, eos_ids=(end,))
-    (short,) = LLM(llm.engine, tokenizer).generate([5, 6, 7], SamplingParams(max_tokens=20))
+    ending = LLM(llm.engine, llm.tokenizer, eos_ids=[end])
+    (short,) = ending.generate([5, 6, 7], SamplingParams(max_tokens=20))
     assert short.token_ids == long.token_ids[: first + 1] and short.finish_reason == "stop"
 
 
@@ -194,3 +192,27 @@ def test_unknown_models_are_named():
 def test_sampling_parameters_are_checked(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         SamplingParams(**options)
+
+
+def test_a_folder_without_a_tokenizer_answers_token_ids(llm, folder, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folder / name, tmp_path)
+    bare = LLM.load(tmp_path, max_rows=8, page_size=4)
+    (answer,) = bare.generate([5, 6, 7], GREEDY)
+    assert answer.token_ids == llm.generate([5, 6, 7], GREEDY)[0].token_ids and answer.text == ""
+    with pytest.raises(InputError, match=r"no tokenizer\.json"):
+        bare.generate("hello")
+
+
+def test_what_is_wrong_with_the_model_is_said_first(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
+    with pytest.raises(InputError, match="BertModel"):
+        LLM.load(tmp_path)
+
+
+def test_bfloat16_answers(folder):
+    """The same engine in half the bytes; its answers are near the float32 ones, not equal."""
+    llm = LLM.load(folder, dtype="bfloat16", max_rows=1, page_size=4, max_length=64)
+    assert llm.engine.state.pool.k.dtype == jnp.bfloat16
+    (answer,) = llm.generate([5, 6, 7], GREEDY)
+    assert len(answer.token_ids) == 20

@@ -1,14 +1,15 @@
 """Questions about the records of a document: the task that the built-in model `tiny` learns.
 
-A document is a paragraph of sentences like "The code of the red falcon is 4719.". Its keys have
-two words, each of which other records of the document share ("red heron", "black falcon"), so that
-one word is never enough to find a value. Sentences that say nothing stand between the records.
+A document is a paragraph of sentences like "The code of the red falcon is 4719.". Other records of
+the document share each word of a key ("the price of the red falcon", "the code of the red heron"),
+so that only all three together find a value. Sentences that say nothing stand between the records.
 Values have four digits, each a token of its own. Every example is a pure function of a seed and an
 index, so that a training run reads the same data when it resumes, and an evaluation reads other
 data when it takes another seed.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -117,23 +118,29 @@ def make_example(seed: int, index: int, difficulty: Difficulty) -> Example:
 
 def _records(rng: np.random.Generator, difficulty: Difficulty) -> tuple[Record, ...]:
     count = int(rng.integers(difficulty.min_records, difficulty.max_records, endpoint=True))
-    attribute = ATTRIBUTES[rng.integers(len(ATTRIBUTES))]
+    keys = _shared_keys(rng, count) if difficulty.shared_words else _lone_keys(rng, count)
     values = rng.integers(1000, 10_000, count)
-    return tuple(
-        Record(attribute, ADJECTIVES[a], NOUNS[n], str(value))
-        for (a, n), value in zip(_keys(rng, count, difficulty.shared_words), values, strict=True)
+    return tuple(Record(*key, str(value)) for key, value in zip(keys, values, strict=True))
+
+
+def _shared_keys(rng: np.random.Generator, count: int) -> list[tuple[str, str, str]]:
+    """Different keys out of few words: a document's two attributes, some adjectives and nouns."""
+    words = max(2, math.ceil(math.sqrt(count)))
+    attributes, adjectives, nouns = (
+        [choices[i] for i in rng.permutation(len(choices))[:size]]
+        for choices, size in ((ATTRIBUTES, 2), (ADJECTIVES, words), (NOUNS, words))
     )
+    keys = list(itertools.product(attributes, adjectives, nouns))
+    return [keys[i] for i in rng.permutation(len(keys))[:count]]
 
 
-def _keys(rng: np.random.Generator, count: int, shared: bool) -> list[tuple[int, int]]:
-    """Pairs of an adjective and a noun, as indices; drawn from a small square if shared."""
-    words = max(2, math.ceil(math.sqrt(count))) if shared else count
-    adjectives = rng.permutation(len(ADJECTIVES))[:words]
-    nouns = rng.permutation(len(NOUNS))[:words]
-    if not shared:
-        return list(zip(adjectives, nouns, strict=True))
-    pairs = rng.permutation(words * words)[:count]
-    return [(adjectives[pair // words], nouns[pair % words]) for pair in pairs]
+def _lone_keys(rng: np.random.Generator, count: int) -> list[tuple[str, str, str]]:
+    """Keys of which any adjective or noun stands in one only."""
+    attributes = rng.integers(0, len(ATTRIBUTES), count)
+    adjectives = rng.permutation(len(ADJECTIVES))[:count]
+    nouns = rng.permutation(len(NOUNS))[:count]
+    triples = zip(attributes, adjectives, nouns, strict=True)
+    return [(ATTRIBUTES[t], ADJECTIVES[a], NOUNS[n]) for t, a, n in triples]
 
 
 def exact_match(answer: str, expected: str) -> bool:
