@@ -99,6 +99,7 @@ class LLM:
         max_length: int | None = None,
         max_rows: int = 64,
         page_size: int = 16,
+        token_budget: int = 512,
         mesh: jax.sharding.Mesh | None = None,
     ) -> "LLM":
         """Loads a model.
@@ -114,6 +115,7 @@ class LLM:
                 model was made for, but at most 8192.
             max_rows: requests that are answered at the same time.
             page_size: tokens of a page.
+            token_budget: the most tokens that a step computes, prompts' chunks included.
             mesh: splits weights and heads over its devices, see `kvjax.sharding`; None: the default
                 device.
 
@@ -126,7 +128,7 @@ class LLM:
         eos_ids = tokenizer.eos_ids if tokenizer else named_ids(folder, "eos")
         graph, params, config = hf.load(folder, dtype=dtype, mesh=mesh)
         length = min(max_length or 8192, config.max_positions)
-        grid = _grid(length, max_rows, page_size)
+        grid = _grid(length, max_rows, page_size, token_budget)
         cache = CacheConfig(
             num_pages=1, page_size=page_size, num_layers=config.num_layers,
             num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, max_rows=max_rows,
@@ -262,13 +264,14 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # pyright: ignore[reportReturnType]
 
 
-def _grid(length: int, max_rows: int, page_size: int) -> Grid:
+def _grid(length: int, max_rows: int, page_size: int, token_budget: int) -> Grid:
+    budget = max(token_budget, max_rows)
     return Grid(
         page_size=page_size,
         max_rows=max_rows,
         pages_per_row=math.ceil(length / page_size),
         row_buckets=tuple(sorted({n for n in (1, 8) if n < max_rows} | {max_rows})),
-        token_buckets=(max(64, max_rows), max(512, max_rows + 256)),
+        token_buckets=tuple(sorted({min(budget, max(64, max_rows)), budget})),
         split_pages=max(1, 256 // page_size),
     )
 

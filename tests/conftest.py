@@ -4,12 +4,12 @@ import os
 import tempfile
 from pathlib import Path
 
-import jax
+# The same programs are compiled by several tests, workers and processes: once a run is enough.
+RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"kvjax-tests-{RUN}")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+import jax  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-# The same programs are compiled by several tests and workers: once a run is enough.
-RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-CACHE = Path(tempfile.gettempdir()) / f"kvjax-tests-{RUN}"
-jax.config.update("jax_compilation_cache_dir", str(CACHE))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tokenizers
 from flax import nnx
 from tokenizers import decoders, models, pre_tokenizers
@@ -28,14 +29,14 @@ CONFIG = DecoderConfig(
 
 def random_decoder(config=CONFIG, seed=0):
     """(graph, params) with norms around one, biases around zero, and logits of some spread."""
-    graph, params = nnx.split(Decoder(config, rngs=nnx.Rngs(seed)))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [
-        (x.astype(jnp.float32) + 0.2 * jax.random.normal(k, x.shape, jnp.float32)).astype(x.dtype)
-        for x, k in zip(leaves, keys, strict=True)
-    ]
-    return graph, jax.tree.unflatten(tree, noisy)
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        middle = 1.0 if "norm" in jax.tree_util.keystr(path) else 0.0
+        return jnp.asarray(rng.normal(middle, 0.2, leaf.shape), leaf.dtype)
+
+    return graph, jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def dense_logits(graph, params, config=CONFIG):

@@ -14,7 +14,7 @@ from kvjax.infer.batch import read_requests, run_batch
 def llm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     models_for_tests.save_model(folder)
-    return LLM.load(folder, max_rows=2, page_size=4)
+    return LLM.load(folder, max_rows=2, page_size=4, token_budget=64)
 
 
 def chat(custom_id, content="hello", **body):

@@ -74,7 +74,7 @@ def test_batch_from_a_shell(folder, tmp_path):
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps(r) for r in requests))
     command = [sys.executable, "-m", "kvjax", "batch", "in.jsonl", "out.jsonl"]
     done = subprocess.run(
-        [*command, "--model", folder, "--json"],
+        [*command, "--model", folder, "--json", "--max-rows", "1"],
         cwd=tmp_path, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

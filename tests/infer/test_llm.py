@@ -24,11 +24,19 @@ def folder(tmp_path_factory):
     return path
 
 
+def with_grid(llm, **sizes):
+    """The same model behind an engine with other shapes; fewer of them compile faster."""
+    grid = dataclasses.replace(llm.engine.grid, **sizes)
+    engine = llm.engine
+    llm.engine = Engine(*models_for_tests.random_decoder(), engine.model, engine.cache, grid)
+    llm.engine.warm_up()
+    return llm
+
+
 @pytest.fixture(scope="module")
 def llm(folder):
     llm = LLM.load(folder, max_rows=8, page_size=4)
-    llm.engine.warm_up()
-    return llm
+    return with_grid(llm, row_buckets=(8,), token_buckets=(96,))
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +80,7 @@ def test_greedy_answers_equal_a_dense_recompute(llm, logits):
 def test_chunked_prefill_equals_whole_prefill(folder, logits, budget):
     """Prompts in chunks of at most 1, 7 and 64 tokens, windows straddling them."""
     llm = LLM.load(folder, max_rows=1, page_size=4)
-    grid = dataclasses.replace(
-        llm.engine.grid, token_buckets=(budget,), tile_queries=5, split_pages=2
-    )
-    llm.engine = Engine(
-        *models_for_tests.random_decoder(), llm.engine.model, llm.engine.cache, grid
-    )
+    llm = with_grid(llm, token_buckets=(budget,), tile_queries=5, split_pages=2)
     prompt = prompts(7)[6]
     (answer,) = llm.generate(prompt, GREEDY)
     assert_greedy(logits, prompt, answer.token_ids)
@@ -197,7 +200,7 @@ def test_sampling_parameters_are_checked(options):
 def test_a_folder_without_a_tokenizer_answers_token_ids(llm, folder, tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(folder / name, tmp_path)
-    bare = LLM.load(tmp_path, max_rows=8, page_size=4)
+    bare = LLM.load(tmp_path, max_rows=1, page_size=4, token_budget=64)
     (answer,) = bare.generate([5, 6, 7], GREEDY)
     assert answer.token_ids == llm.generate([5, 6, 7], GREEDY)[0].token_ids and answer.text == ""
     with pytest.raises(InputError, match=r"no tokenizer\.json"):
@@ -212,7 +215,9 @@ def test_what_is_wrong_with_the_model_is_said_first(tmp_path):
 
 def test_bfloat16_answers(folder):
     """The same engine in half the bytes; its answers are near the float32 ones, not equal."""
-    llm = LLM.load(folder, dtype="bfloat16", max_rows=1, page_size=4, max_length=64)
+    llm = LLM.load(
+        folder, dtype="bfloat16", max_rows=1, page_size=4, max_length=64, token_budget=32
+    )
     assert llm.engine.state.pool.k.dtype == jnp.bfloat16
     (answer,) = llm.generate([5, 6, 7], GREEDY)
     assert len(answer.token_ids) == 20
