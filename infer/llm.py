@@ -64,7 +64,7 @@ def find_model(model: str | Path) -> Path:
     for candidate in (folder, folder / "model"):
         if (candidate / "config.json").is_file():
             return candidate
-    if str(model) in BUILT_IN_MODELS and not folder.exists():
+    if str(model) in BUILT_IN_MODELS:
         return Path(str(importlib.resources.files("kvjax.models"))) / str(model)
     if folder.exists():
         return folder  # what is missing in it is said by whoever reads it

@@ -16,7 +16,15 @@ from kvjax.pallas_kernels.page_write import page_write
 if TYPE_CHECKING:
     from kvjax.cache.table import PageTable, Slots
 
-__all__ = ["CacheConfig", "KVPool", "compact", "copy_pages", "gather", "write"]
+__all__ = [
+    "CacheConfig",
+    "KVPool",
+    "compact",
+    "copy_pages",
+    "gather",
+    "write",
+    "write_positions",
+]
 
 Array = jax.Array
 
@@ -173,8 +181,8 @@ def gather(pool: KVPool, table: "PageTable", rows: Array) -> tuple[Array, Array]
         rows: int32[n].
 
     Returns:
-        k and v, each [n, L', K, M * P, D] with L' = L rounded up to whole layer groups; slots that
-        are not in use are zero.
+        k and v, each [n, L', K, M * P, D] with L' = L rounded up to whole layer groups (layers
+        from L on hold anything); slots that are not in use are zero.
     """
     size = pool.k.shape[3]
     pages = table.pages[:, :, rows]  # [L/R, K/C, n, M]
