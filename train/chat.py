@@ -55,10 +55,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
+    ids = backend.get_vocab()
     return Tokenizer(
         backend=backend,
-        eos_ids=(backend.token_to_id(EOS),),
-        bos_id=backend.token_to_id(BOS),
+        eos_ids=(ids[EOS],),
+        bos_id=ids[BOS],
         special_tokens={"bos_token": BOS, "eos_token": EOS, "pad_token": PAD},
         chat_template=CHAT_TEMPLATE,
     )
@@ -69,9 +70,9 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, *, max_positions: int) ->
 
     These are tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json.
     """
-    backend = tokenizer.backend
-    ids = {name: backend.token_to_id(text) for name, text in tokenizer.special_tokens.items()}
-    backend.save(str(folder / "tokenizer.json"))
+    vocab = tokenizer.backend.get_vocab()
+    ids = {name: vocab[text] for name, text in tokenizer.special_tokens.items()}
+    tokenizer.backend.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     _write_json(
         folder / "tokenizer_config.json",

@@ -24,6 +24,7 @@ from kvjax.errors import InputError
 from kvjax.models.attention import causal_attend
 from kvjax.models.decoder import Decoder
 from kvjax.models.hf import save
+from kvjax.models.hf_config import config_fields
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.train.chat import ASSISTANT, EOS, PAD, save_tokenizer, train_tokenizer
 from kvjax.train.lm_config import LMConfig, read_config
@@ -84,7 +85,10 @@ def encode_batch(
         chat = make_example(seed, first + row, difficulty).messages()
         ids = np.asarray(tokenizer.encode_chat(chat, add_generation_prompt=False), np.int32)
         if ids.size > length:
-            raise ValueError(f"example {first + row} has {ids.size} tokens, {length=} is too short")
+            raise InputError(
+                f"a document of {len(chat) // 2} questions has {ids.size} tokens, more than its "
+                f"stage's {length}: make the stage longer or the documents shorter"
+            )
         places = _answer_places(ids, tokenizer)
         batch.tokens[row, : ids.size] = ids
         batch.places[row, : places.size] = places
@@ -139,12 +143,16 @@ def exact_match_rate(
         return jnp.all((jnp.argmax(logits, -1) == targets) | (batch.weights == 0), axis=-1)
 
     difficulty = dataclasses.replace(config.eval_difficulty, questions=1)
-    length = max(stage.length for stage in config.stages)
-    hits = []
-    for first in range(0, config.eval_prompts, _EVAL_ROWS):
-        rows = min(_EVAL_ROWS, config.eval_prompts - first)
-        batch = encode_batch(tokenizer, config.eval_seed, first, rows, length, difficulty)
-        hits.append(right(params, batch))
+    count, longest = config.eval_prompts, config.model.max_positions
+    whole = encode_batch(tokenizer, config.eval_seed, 0, count, longest, difficulty)
+    used = int(np.max(whole.places)) + 2
+    rows = (slice(first, first + _EVAL_ROWS) for first in range(0, count, _EVAL_ROWS))
+    hits = [
+        right(
+            params, Batch(whole.tokens[r, :used], whole.places[r], whole.weights[r], whole.window)
+        )
+        for r in rows
+    ]
     return float(np.mean(np.concatenate(hits)))
 
 
@@ -221,7 +229,14 @@ def first_decoder(config: LMConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 def train(config: LMConfig, folder: Path) -> dict[str, Any]:
     """Trains or resumes, measures, writes `folder`/model; returns the run's figures."""
+    config_fields(config.model)  # what cannot be exported is refused now, not after the training
     tokenizer = train_tokenizer(sentences(), config.model.vocab_size)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise InputError(
+            f"model.vocab_size is {config.model.vocab_size}, less than the tokenizer's "
+            f"{tokenizer.vocab_size}: give that or more"
+        )
+    _settle(folder, config)
     graph, params = first_decoder(config)
     optimizer = make_optimizer(config)
     start = time.perf_counter()
@@ -299,13 +314,15 @@ def _options(argv: Sequence[str]) -> Any:
         """End with one JSON object on stdout."""
         fields: Annotated[LMConfig, tyro.conf.arg(name="")] = default
 
-    return tyro.cli(Options, prog="kvjax train lm", args=argv)
+    try:
+        return tyro.cli(Options, prog="kvjax train lm", args=argv)
+    except ValueError as error:  # from the checks of the dataclasses
+        raise InputError(str(error)) from None
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = _options(sys.argv[1:] if argv is None else argv)
-    _settle(options.out, options.fields)
     result = train(options.fields, options.out)
     if options.json:
         print(json.dumps(result))

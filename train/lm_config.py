@@ -41,14 +41,16 @@ class LMConfig:
         model: sizes of the decoder; its vocabulary bounds the tokenizer's.
         stages: what is learnt, in order.
         steps: of all stages together.
-        learning_rate: the highest, after `warmup_steps`; a cosine takes it to 1 % of that.
+        learning_rate: the highest; after the warm-up a cosine takes it to 1 % of that.
+        warmup_steps: in which the learning rate rises from 0.
         adam_b2: of Adam, which trains the embedding and the norms.
         clip_norm: the largest norm of a gradient.
         seed: of the data and of the first parameters.
         eval_seed: of the documents on which the result is measured; other than `seed`.
         eval_prompts: how many, one question each.
         eval_difficulty: of those documents.
-        save_every, log_every: steps between checkpoints and between lines of metrics.
+        save_every: steps between checkpoints.
+        log_every: steps between lines of metrics.
     """
 
     model: DecoderConfig
@@ -68,7 +70,16 @@ class LMConfig:
     def __post_init__(self) -> None:
         total = sum(stage.share for stage in self.stages)
         if abs(total - 1) > 1e-6:
-            raise ValueError(f"the shares of the stages sum to {total}; they must sum to 1")
+            raise InputError(f"the shares of the stages sum to {total:g}: make them sum to 1")
+        for name in ("steps", "eval_prompts", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}: give 1 or more")
+        longest = max(stage.length for stage in self.stages)
+        if longest > self.model.max_positions:
+            raise InputError(
+                f"a stage has {longest} tokens, more than the model's max_positions "
+                f"{self.model.max_positions}: make the stage shorter or the model longer"
+            )
 
 
 def read_config(name: str) -> LMConfig:

@@ -105,7 +105,8 @@ def run(
         state = _restore(manager, state)
         first = int(state.step)
         log = _MetricsLog(folder / "metrics.jsonl", first)
-        for number in tqdm(range(first, steps), initial=first, total=steps, disable=None):
+        bar = tqdm(range(first, steps), initial=first, total=steps, unit="step", disable=None)
+        for number in bar:
             state, metrics = step(state, batches(number))
             done = number + 1
             log.add(metrics)
@@ -132,7 +133,8 @@ def _restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState:
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
-    return manager.restore(last, args=ocp.args.StandardRestore(like))
+    restored: Any = manager.restore(last, args=ocp.args.StandardRestore(like))
+    return restored
 
 
 class _MetricsLog:

@@ -149,13 +149,48 @@ def test_a_killed_command_ends_with_the_same_weights(run, toy, tmp_path, monkeyp
 
 def test_fields_of_a_config_can_be_set(toy, tmp_path, monkeypatch):
     asked = []
-    figures = {"steps": 2, "exact_match": 0.5, "eval_prompts": 2, "model": "there"}
-    monkeypatch.setattr(lm, "train", lambda config, out: asked.append((config, out)) or figures)
-    lm.main(["--out", str(tmp_path), "--steps", "2", "--model.mlp-dim", "8"])
-    model = dataclasses.replace(CONFIG.model, mlp_dim=8)
-    assert asked == [(dataclasses.replace(CONFIG, steps=2, model=model), tmp_path)]
+
+    def record(*rest, steps, **options):
+        asked.append(steps)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lm, "run", record)
+    with pytest.raises(KeyboardInterrupt):
+        lm.main(["--out", str(tmp_path), "--steps", "2", "--model.mlp-dim", "8"])
+    settings = json.loads((tmp_path / "run.json").read_text())
+    assert asked == [settings["steps"]] == [2]
+    assert settings["model"] == dataclasses.asdict(CONFIG.model) | {"mlp_dim": 8, "windows": []}
     with pytest.raises(InputError, match=r"other settings \(model\.mlp_dim, steps\)"):
         lm.main(["--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "0"], "steps is 0"),
+        (["--stages.0.share", "0.9"], "sum to 1.4"),
+        (["--model.vocab-size", "100"], "vocab_size is 100"),
+        (["--model.max-positions", "64"], "max_positions 64"),
+    ],
+)
+def test_what_cannot_be_used_is_said_in_one_line(toy, tmp_path, options, message):
+    with pytest.raises(InputError, match=message) as error:
+        lm.main(["--out", str(tmp_path / "run"), *options])
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("options", [["--config"], ["--stages.0.difficulty.min-records", "9"]])
+def test_what_no_option_takes_ends_in_status_2(toy, options, capsys):
+    with pytest.raises(SystemExit) as error:
+        lm.main(options)
+    assert error.value.code == 2
+    assert capsys.readouterr().err
+
+
+def test_a_stage_too_short_for_its_documents_is_refused(tokenizer):
+    with pytest.raises(InputError, match="more than its stage's 16: make the stage longer"):
+        lm.encode_batch(tokenizer, 0, 0, 1, 16, SMALL)
 
 
 def test_a_file_is_no_run(toy, tmp_path):
@@ -168,11 +203,6 @@ def test_a_file_is_no_run(toy, tmp_path):
 def test_unknown_config_names_the_known_ones():
     with pytest.raises(InputError, match=r"no config 'lm_tinny'.*lm_tiny"):
         lm.main(["--config", "lm_tinny"])
-
-
-def test_shares_of_stages_sum_to_one():
-    with pytest.raises(ValueError, match="sum to 1"):
-        dataclasses.replace(CONFIG, stages=CONFIG.stages[:1])
 
 
 def test_the_built_in_configs_stages_hold_their_documents(tokenizer):

@@ -1,0 +1,92 @@
+"""The built-in model `tiny`: what its card says, and that its files fit together."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import kvjax.models
+from kvjax.models.attention import causal_attend
+from kvjax.models.hf import load
+from kvjax.models.tokenizer import Tokenizer
+from kvjax.train.chat import train_tokenizer
+from kvjax.train.lm import exact_match_rate
+from kvjax.train.lm_config import read_config
+from kvjax.train.tasks import exact_match
+from kvjax.train.tasks.records import sentences
+
+FOLDER = Path(kvjax.models.__file__).parent / "tiny"
+DEMOS = Path(__file__).parents[2] / "demos"
+NEW_TOKENS = 5
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.load(FOLDER)
+
+
+def greedy(model, prompts):
+    """The likeliest next tokens, one after another: int32[B, NEW_TOKENS]."""
+    graph, params, _ = model
+
+    @jax.jit
+    def following(params, tokens, length):
+        decoder = nnx.merge(graph, params)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+        hidden, _ = decoder(tokens, positions, (), causal_attend())
+        last = jnp.take_along_axis(hidden, length[:, None, None] - 1, axis=1)[:, 0]
+        return jnp.argmax(decoder.logits(last), axis=-1).astype(jnp.int32)
+
+    length = np.asarray([len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((len(prompts), length.max() + NEW_TOKENS), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    for step in range(NEW_TOKENS):
+        found = np.asarray(following(params, tokens, length + step))
+        tokens[np.arange(len(prompts)), length + step] = found
+    return tokens[np.arange(len(prompts))[:, None], length[:, None] + np.arange(NEW_TOKENS)]
+
+
+def lines(name):
+    return [json.loads(line) for line in (DEMOS / name).read_text().splitlines()]
+
+
+def test_it_answers_the_demo(model, tokenizer):
+    requests, expected = lines("requests.jsonl"), lines("expected.jsonl")
+    prompts = [tokenizer.encode_chat(request["body"]["messages"]) for request in requests]
+    answers = greedy(model, prompts)
+    right = 0
+    for ids, row in zip(answers, expected, strict=True):
+        text = tokenizer.decode(ids, skip_special=False)
+        right += text.endswith("<|eos|>") and exact_match(text[: -len("<|eos|>")], row["answer"])
+    assert right >= 60  # of 64
+
+
+def test_it_answers_fresh_questions(model, tokenizer):
+    graph, params, _ = model
+    assert exact_match_rate(graph, params, tokenizer, read_config("lm_tiny")) >= 0.95
+
+
+def test_its_files_are_those_of_its_config(model, tokenizer):
+    config = read_config("lm_tiny")
+    assert model[2] == config.model
+    made = train_tokenizer(sentences(), config.model.vocab_size)
+    assert made.backend.get_vocab() == tokenizer.backend.get_vocab()
+    assert made.chat_template == tokenizer.chat_template
+    eos = tokenizer.backend.token_to_id("<|eos|>")
+    generation = json.loads((FOLDER / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == eos
+    assert tokenizer.eos_ids == (eos,)
+
+
+def test_it_is_small():
+    assert sum(path.stat().st_size for path in FOLDER.iterdir() if path.is_file()) < 4_000_000
