@@ -1,4 +1,10 @@
-"""placeholder docstring."""
+"""The built-in model `tiny`: 0.66 million parameters that answer questions about records.
+
+    kvjax train lm --config lm_tiny --out runs/lm_tiny
+
+1200 steps, 3.5 million tokens with padding: 15 minutes of CPU time, 21 minutes on two cores that
+other programs used too. Expected: exact_match 1.0, all of 256 fresh questions answered exactly.
+"""
 
 from kvjax.models.decoder import DecoderConfig, Rope
 from kvjax.train.lm_config import LMConfig, Stage
@@ -18,6 +24,7 @@ config = LMConfig(
         qk_norm=True,
         tie_embeddings=True,
     ),
+    # The first layer's window widens as documents grow (see Stage); the last stages have none.
     stages=(
         Stage(
             share=0.15, batch_size=12, length=128, first_window=8,

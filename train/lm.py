@@ -340,3 +340,6 @@ if __name__ == "__main__":
     except InputError as error:
         print(f"kvjax: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("kvjax: interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)

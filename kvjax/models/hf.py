@@ -257,6 +257,7 @@ def save(
     # Under another name first: an interrupted save must not leave half a file behind.
     part = folder / f"{SINGLE}.part"
     save_file(tensors, part, metadata={"format": "pt"})
+    part.chmod(0o644)  # safetensors makes it readable for its owner only
     part.replace(folder / SINGLE)
     text = json.dumps(fields, indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")

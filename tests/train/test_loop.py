@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,8 +56,7 @@ def test_a_killed_run_ends_bit_equal(tmp_path, step):
     seen = []
     resumed = train(tmp_path / "killed", lambda number: seen.append(number) or batches(number))
     assert seen == list(range(step // 2 * 2, STEPS))  # from the last checkpoint on, no earlier
-    for a, b in zip(leaves(whole), leaves(resumed), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(whole, resumed)
 
 
 def test_metrics_are_the_means_since_the_last_line(tmp_path):

@@ -68,12 +68,14 @@ def test_it_answers_the_demo(model, tokenizer):
     for ids, row in zip(answers, expected, strict=True):
         text = tokenizer.decode(ids, skip_special=False)
         right += text.endswith("<|eos|>") and exact_match(text[: -len("<|eos|>")], row["answer"])
-    assert right >= 60  # of 64
+    assert right >= 62  # of 64; 64 where it was trained, and rounding differs elsewhere
 
 
 def test_it_answers_fresh_questions(model, tokenizer):
     graph, params, _ = model
-    assert exact_match_rate(graph, params, tokenizer, read_config("lm_tiny")) >= 0.95
+    assert (
+        exact_match_rate(graph, params, tokenizer, read_config("lm_tiny")) >= 0.98
+    )  # 1.0 where it was trained
 
 
 def test_its_files_are_those_of_its_config(model, tokenizer):
