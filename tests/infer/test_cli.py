@@ -65,6 +65,7 @@ def test_generate_prints_the_answer_and_json_its_figures(folder, capsys, tmp_pat
     assert capsys.readouterr().out == text
 
 
+@pytest.mark.slow
 def test_batch_from_a_shell(folder, tmp_path):
     """A process of its own: JSON last on stdout, no progress where nobody looks, status 0."""
     requests = [

@@ -197,6 +197,7 @@ def test_sampling_parameters_are_checked(options):
         SamplingParams(**options)
 
 
+@pytest.mark.slow
 def test_a_folder_without_a_tokenizer_answers_token_ids(llm, folder, tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(folder / name, tmp_path)
@@ -213,6 +214,7 @@ def test_what_is_wrong_with_the_model_is_said_first(tmp_path):
         LLM.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_bfloat16_answers(folder):
     """The same engine in half the bytes; its answers are near the float32 ones, not equal."""
     llm = LLM.load(

@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 import models_for_tests
+import pytest
+
+pytestmark = pytest.mark.slow
 
 PROGRAM = """
 import sys

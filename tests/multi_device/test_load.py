@@ -13,6 +13,8 @@ from flax import nnx
 from kvjax.models import Decoder, DecoderConfig
 from kvjax.models.hf import save
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import dataclasses
 import sys

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +26,8 @@ from kvjax.cache import (
 from kvjax.models.attention import causal_attend, paged_attend
 from kvjax.models.decoder import Decoder, DecoderConfig
 from kvjax.pallas_kernels.page_attention import Items, WorkList
+
+pytestmark = pytest.mark.slow
 
 ROWS, CHUNK, MAX_LENGTH, SIZE = 4, 5, 24, 4
 MODEL = DecoderConfig(

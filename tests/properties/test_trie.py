@@ -18,6 +18,8 @@ from hypothesis.stateful import (
 
 from kvjax.cache import Branch, OutOfPages, PageLedger, PrefixTrie
 
+pytestmark = pytest.mark.slow
+
 # Two tokens only, and short runs, so that sequences meet again and again.
 TOKENS = st.lists(st.integers(0, 1), max_size=6)
 SOME_TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=6)

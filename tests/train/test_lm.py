@@ -21,6 +21,8 @@ from kvjax.train.lm_config import LMConfig, Stage, read_config
 from kvjax.train.tasks import Difficulty, make_example
 from kvjax.train.tasks.records import sentences
 
+pytestmark = pytest.mark.slow
+
 SMALL = Difficulty(min_records=2, max_records=3, questions=2)
 CONFIG = LMConfig(
     model=DecoderConfig(
