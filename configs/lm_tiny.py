@@ -10,7 +10,7 @@ from kvjax.models.decoder import DecoderConfig, Rope
 from kvjax.train.lm_config import LMConfig, Stage
 from kvjax.train.tasks import Difficulty
 
-config = LMConfig(
+config: LMConfig = LMConfig(
     model=DecoderConfig(
         vocab_size=512,
         num_layers=3,

@@ -116,8 +116,9 @@ def _parse_prompt(url: str, body: dict[str, Any]) -> Prompt:
                 raise InputError('every message must be an object with a "role"')
         return messages
     prompt = body.get("prompt")
-    ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
-    if not isinstance(prompt, str) and not ids:
+    if isinstance(prompt, list) and all(type(token) is int for token in prompt):
+        return prompt
+    if not isinstance(prompt, str):
         raise InputError('"prompt" must be text or a list of token ids')
     return prompt
 

@@ -17,9 +17,9 @@ class CompilationCount:
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count: int = 0
 
-    def _listen(self, event: str, duration: float, **_: object) -> None:
+    def _listen(self, event: str, duration_secs: float, **_: object) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             self.count += 1
 

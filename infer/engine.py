@@ -33,6 +33,7 @@ from kvjax.sharding import spec
 __all__ = ["Engine", "EngineState", "step"]
 
 Array = jax.Array
+Params = nnx.State[Any, Any]
 
 # Rows that one call of `seat` gives their first pages; more need more calls.
 _SEATS = 8
@@ -55,7 +56,7 @@ class EngineState:
 
 
 def step(
-    graph: nnx.GraphDef, grid: Grid, params: nnx.State, state: EngineState, plan: StepPlan
+    graph: nnx.GraphDef[Any], grid: Grid, params: Params, state: EngineState, plan: StepPlan[Array]
 ) -> tuple[EngineState, Array]:
     """Computes a plan: writes its tokens' keys and values, attends, draws the next tokens.
 
@@ -87,7 +88,7 @@ def step(
     return EngineState(pool=pool, table=table, last_token=last_token), drawn
 
 
-def _work(grid: Grid, table: PageTable, plan: StepPlan, max_rows: int) -> WorkList:
+def _work(grid: Grid, table: PageTable, plan: StepPlan[Array], max_rows: int) -> WorkList:
     items = [Items(index=plan.singles, count=plan.num_singles, max_queries=1,
                    max_pages=grid.split_pages)]  # fmt: skip
     if plan.tiles.shape[0]:
@@ -130,14 +131,16 @@ class Engine:
 
     def __init__(
         self,
-        graph: nnx.GraphDef,
-        params: nnx.State,
+        graph: nnx.GraphDef[Any],
+        params: Params,
         model: DecoderConfig,
         cache: CacheConfig,
         grid: Grid,
         mesh: Mesh | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.cache, self.grid = model, cache, grid
+        self.model: DecoderConfig = model
+        self.cache: CacheConfig = cache
+        self.grid: Grid = grid
         self._graph, self._params = graph, params
         self._programs: dict[Bucket, Callable] = {}
         self._seat: Callable | None = None
@@ -145,8 +148,8 @@ class Engine:
         last_token = jnp.zeros((cache.max_rows,), jnp.int32)
         state = EngineState(pool=pool, table=table, last_token=last_token)
         self._shardings = _shardings(state, mesh)
-        self.state = jax.device_put(state, self._shardings and self._shardings[0])
-        self.planner = FirstCome(grid, PageLedger(cache.num_pages))
+        self.state: EngineState = jax.device_put(state, self._shardings and self._shardings[0])
+        self.planner: FirstCome = FirstCome(grid, PageLedger(cache.num_pages))
 
     def warm_up(self, progress: Callable[[int, int], Any] = lambda done, total: None) -> None:
         """Compiles every shape of the grid; afterwards nothing is ever compiled."""

@@ -87,7 +87,7 @@ class LLM:
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
-        self.eos_ids = frozenset(eos_ids)
+        self.eos_ids: frozenset[int] = frozenset(eos_ids)
         self._next_id = 0
 
     @staticmethod
@@ -165,11 +165,12 @@ class LLM:
         Closing the iterator before its end gives up what is unfinished.
         """
         many = _as_prompts(prompts)
-        each = [params or SamplingParams()] * len(many)
         if isinstance(params, Sequence):
-            if len(params) != len(many):
-                raise InputError(f"{len(params)} sampling parameters for {len(many)} prompts")
             each = list(params)
+            if len(each) != len(many):
+                raise InputError(f"{len(each)} sampling parameters for {len(many)} prompts")
+        else:
+            each = [params or SamplingParams()] * len(many)
         requests = [
             self._request(prompt, p, index)
             for index, (prompt, p) in enumerate(zip(many, each, strict=True))

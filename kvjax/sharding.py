@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 __all__ = ["RULES", "param_axes", "param_shardings", "spec"]
 
-RULES = {
+RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "layer": (),
     "vocab": ("model",),

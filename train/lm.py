@@ -104,7 +104,9 @@ def _answer_places(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     return np.concatenate([np.arange(s, e) for s, e in zip(starts, ends, strict=True)])
 
 
-def _forward(graph: nnx.GraphDef, params: nnx.State, batch: Batch) -> tuple[Array, Array]:
+def _forward(
+    graph: nnx.GraphDef[Any], params: nnx.State[Any, Any], batch: Batch
+) -> tuple[Array, Array]:
     """Logits float32[B, A, V] of the answers' tokens, and the tokens int32[B, A]."""
     decoder = nnx.merge(graph, params)
     positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1])[None], batch.tokens.shape)
@@ -115,10 +117,10 @@ def _forward(graph: nnx.GraphDef, params: nnx.State, batch: Batch) -> tuple[Arra
     return decoder.logits(hidden), jnp.take_along_axis(batch.tokens, batch.places + 1, axis=1)
 
 
-def answer_loss(graph: nnx.GraphDef) -> Loss:
+def answer_loss(graph: nnx.GraphDef[Any]) -> Loss:
     """The mean cross-entropy of the answers' tokens, in nats, and the share that is right."""
 
-    def loss(params: nnx.State, batch: Batch) -> tuple[Array, Metrics]:
+    def loss(params: nnx.State[Any, Any], batch: Batch) -> tuple[Array, Metrics]:
         logits, targets = _forward(graph, params, batch)
         total = jnp.sum(batch.weights)
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
@@ -129,7 +131,7 @@ def answer_loss(graph: nnx.GraphDef) -> Loss:
 
 
 def exact_match_rate(
-    graph: nnx.GraphDef, params: nnx.State, tokenizer: Tokenizer, config: LMConfig
+    graph: nnx.GraphDef[Any], params: nnx.State[Any, Any], tokenizer: Tokenizer, config: LMConfig
 ) -> float:
     """The share of fresh questions, one a document, whose whole answer greedy decoding gets right.
 
@@ -138,7 +140,7 @@ def exact_match_rate(
     """
 
     @jax.jit
-    def right(params: nnx.State, batch: Batch) -> Array:
+    def right(params: nnx.State[Any, Any], batch: Batch) -> Array:
         logits, targets = _forward(graph, params, batch)
         return jnp.all((jnp.argmax(logits, -1) == targets) | (batch.weights == 0), axis=-1)
 
@@ -213,7 +215,7 @@ def _matrices(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
-def first_decoder(config: LMConfig) -> tuple[nnx.GraphDef, nnx.State]:
+def first_decoder(config: LMConfig) -> tuple[nnx.GraphDef[Any], nnx.State[Any, Any]]:
     """A fresh decoder, split, whose layers add little to the stream at first.
 
     With tied embeddings the stream starts small, and layers at full size would drown the tokens.
@@ -337,8 +339,8 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except InputError as error:
-        print(f"kvjax: error: {error}", file=sys.stderr)
+    except InputError as _error:
+        print(f"kvjax: error: {_error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("kvjax: interrupted; run the same command again to go on", file=sys.stderr)

@@ -31,7 +31,7 @@ class PageLedger:
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
         self.on_evict: Callable[[int], None] | None = None
-        self.peak = 0
+        self.peak: int = 0
         self._count = [0] * num_pages
         self._indexed = [False] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))  # a stack: the lowest page goes first

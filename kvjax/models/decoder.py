@@ -21,6 +21,7 @@ from flax import nnx
 __all__ = ["Attend", "Decoder", "DecoderConfig", "Rope"]
 
 Array = jax.Array
+Weight = nnx.Param[Array]
 
 
 class Attend(Protocol):
@@ -141,11 +142,11 @@ class Linear(nnx.Module):
         self, inputs: tuple[int, ...], outputs: tuple[int, ...], bias: bool, dtype: Any,
         *, rngs: nnx.Rngs,
     ) -> None:  # fmt: skip
-        self.axes = len(inputs)
+        self.axes: int = len(inputs)
         std = math.prod(inputs) ** -0.5
         kernel = std * jax.random.normal(rngs.params(), inputs + outputs, jnp.float32)
-        self.kernel = nnx.Param(kernel.astype(dtype))
-        self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
+        self.kernel: Weight = nnx.Param(kernel.astype(dtype))
+        self.bias: Weight | None = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
 
     def __call__(self, x: Array) -> Array:
         kernel = self.kernel[...]
@@ -165,17 +166,17 @@ class Block(nnx.Module):
         c, dtype = config, jnp.dtype(config.dtype)
         self.config = config
         e, h, kv, d, f = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.mlp_dim
-        self.attn_norm = nnx.Param(jnp.ones((e,), dtype))
-        self.q = Linear((e,), (h, d), c.qkv_bias, dtype, rngs=rngs)
-        self.k = Linear((e,), (kv, d), c.qkv_bias, dtype, rngs=rngs)
-        self.v = Linear((e,), (kv, d), c.qkv_bias, dtype, rngs=rngs)
-        self.out = Linear((h, d), (e,), c.out_bias, dtype, rngs=rngs)
-        self.q_norm = nnx.Param(jnp.ones((d,), dtype)) if c.qk_norm else None
-        self.k_norm = nnx.Param(jnp.ones((d,), dtype)) if c.qk_norm else None
-        self.mlp_norm = nnx.Param(jnp.ones((e,), dtype))
-        self.gate = Linear((e,), (f,), c.mlp_bias, dtype, rngs=rngs)
-        self.up = Linear((e,), (f,), c.mlp_bias, dtype, rngs=rngs)
-        self.down = Linear((f,), (e,), c.mlp_bias, dtype, rngs=rngs)
+        self.attn_norm: Weight = nnx.Param(jnp.ones((e,), dtype))
+        self.q: Linear = Linear((e,), (h, d), c.qkv_bias, dtype, rngs=rngs)
+        self.k: Linear = Linear((e,), (kv, d), c.qkv_bias, dtype, rngs=rngs)
+        self.v: Linear = Linear((e,), (kv, d), c.qkv_bias, dtype, rngs=rngs)
+        self.out: Linear = Linear((h, d), (e,), c.out_bias, dtype, rngs=rngs)
+        self.q_norm: Weight | None = nnx.Param(jnp.ones((d,), dtype)) if c.qk_norm else None
+        self.k_norm: Weight | None = nnx.Param(jnp.ones((d,), dtype)) if c.qk_norm else None
+        self.mlp_norm: Weight = nnx.Param(jnp.ones((e,), dtype))
+        self.gate: Linear = Linear((e,), (f,), c.mlp_bias, dtype, rngs=rngs)
+        self.up: Linear = Linear((e,), (f,), c.mlp_bias, dtype, rngs=rngs)
+        self.down: Linear = Linear((f,), (e,), c.mlp_bias, dtype, rngs=rngs)
 
     def __call__(
         self, layer: Array, x: Array, positions: Array, state: Any, attend: Attend
@@ -208,18 +209,20 @@ class Decoder(nnx.Module):
         self.config = config
         shape = (config.vocab_size, config.embed_dim)
         embed = config.embed_dim**-0.5 * jax.random.normal(rngs.params(), shape, jnp.float32)
-        self.embed = nnx.Param(embed.astype(dtype))
+        self.embed: Weight = nnx.Param(embed.astype(dtype))
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=(0,))
         def stack(rngs: nnx.Rngs) -> Block:
             return Block(config, rngs=rngs)
 
-        self.blocks = stack(rngs)
-        self.norm = nnx.Param(jnp.ones((config.embed_dim,), dtype))
+        self.blocks: Block = stack(rngs)
+        self.norm: Weight = nnx.Param(jnp.ones((config.embed_dim,), dtype))
         head = (config.embed_dim,), (config.vocab_size,)
         untied = not config.tie_embeddings
-        self.head = Linear(*head, bias=False, dtype=dtype, rngs=rngs) if untied else None
+        self.head: Linear | None = (
+            Linear(*head, bias=False, dtype=dtype, rngs=rngs) if untied else None
+        )
 
     def __call__(
         self, tokens: Array, positions: Array, state: Any, attend: Attend

@@ -118,7 +118,7 @@ def _layout(path: tuple[Any, ...], shape: tuple[int, ...], num_layers: int) -> _
 
 def load(
     folder: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None
-) -> tuple[Any, nnx.State, DecoderConfig]:
+) -> tuple[Any, nnx.State[Any, Any], DecoderConfig]:
     """Reads a Hugging Face folder.
 
     Args:
@@ -232,7 +232,11 @@ def _place(
 
 
 def save(
-    folder: str | Path, config: DecoderConfig, params: nnx.State, *, dtype: str = "bfloat16"
+    folder: str | Path,
+    config: DecoderConfig,
+    params: nnx.State[Any, Any],
+    *,
+    dtype: str = "bfloat16",
 ) -> None:
     """Writes config.json and model.safetensors, which `load` and transformers read.
 

@@ -10,6 +10,8 @@ import dataclasses
 from collections import deque
 from collections.abc import Collection
 
+import numpy as np
+
 from kvjax.cache.ledger import PageLedger
 from kvjax.cache.trie import Branch, PrefixTrie
 from kvjax.plan.step import Bucket, Grid, Run, StepPlan, pack
@@ -55,7 +57,7 @@ class Planned:
 
     seats: tuple[tuple[int, list[int], int], ...]
     bucket: Bucket
-    step: StepPlan
+    step: StepPlan[np.ndarray]
 
 
 @dataclasses.dataclass(eq=False)
@@ -82,8 +84,8 @@ class FirstCome:
     def __init__(self, grid: Grid, ledger: PageLedger) -> None:
         self.grid = grid
         self.ledger = ledger
-        self.trie = PrefixTrie(ledger, grid.page_size)
-        self.prefill_tokens_computed = 0
+        self.trie: PrefixTrie = PrefixTrie(ledger, grid.page_size)
+        self.prefill_tokens_computed: int = 0
         self._waiting: deque[Request] = deque()
         self._rows: list[_Row] = []
         self._free_seats = list(range(grid.max_rows - 1, -1, -1))

@@ -4,13 +4,15 @@ Letters: T tokens of a step, B sampled rows, I work items, P tokens a page, M pa
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 __all__ = ["Bucket", "Grid", "Run", "StepPlan", "cut_items", "pack"]
 
 Array = np.ndarray
+# A plan's arrays are numpy's where it is made, and JAX's inside of the step.
+A = TypeVar("A")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -73,7 +75,7 @@ class Grid:
         return bucket.rows * splits, tiles * splits
 
 
-class StepPlan(NamedTuple):
+class StepPlan(NamedTuple, Generic[A]):
     """One step as data. Unused places hold what the device drops.
 
     Attributes:
@@ -92,22 +94,22 @@ class StepPlan(NamedTuple):
         seed: uint32[B].
     """
 
-    token: Array
-    position: Array
-    row: Array
-    grow: Array
-    singles: Array
-    num_singles: Array
-    tiles: Array
-    num_tiles: Array
-    sample: Array
-    sample_row: Array
-    temperature: Array
-    top_p: Array
-    seed: Array
+    token: A
+    position: A
+    row: A
+    grow: A
+    singles: A
+    num_singles: A
+    tiles: A
+    num_tiles: A
+    sample: A
+    sample_row: A
+    temperature: A
+    top_p: A
+    seed: A
 
     @staticmethod
-    def empty(grid: Grid, bucket: Bucket) -> "StepPlan":
+    def empty(grid: Grid, bucket: Bucket) -> "StepPlan[Array]":
         """A step that does nothing; also the shapes and dtypes to compile for."""
         tokens, rows = bucket.tokens, bucket.rows
         singles, tiles = grid.room_for_items(bucket)
@@ -170,7 +172,7 @@ def cut_items(rows: Array, pages: Array, first: Array, end: Array, split: int) -
     )
 
 
-def pack(runs: list[Run], grid: Grid) -> tuple[Bucket, StepPlan]:
+def pack(runs: list[Run], grid: Grid) -> tuple[Bucket, StepPlan[Array]]:
     """Lays runs out in the smallest bucket that holds them, in the order given."""
     counts = np.array([len(run.tokens) for run in runs])
     bucket = grid.bucket(int(counts.sum()), chunks=bool(counts.max() > 1))
@@ -196,7 +198,9 @@ def pack(runs: list[Run], grid: Grid) -> tuple[Bucket, StepPlan]:
     return bucket, plan
 
 
-def _fill_items(plan: StepPlan, runs: list[Run], counts: Array, ends: Array, grid: Grid) -> None:
+def _fill_items(
+    plan: StepPlan[Array], runs: list[Run], counts: Array, ends: Array, grid: Grid
+) -> None:
     rows = np.array([run.row for run in runs])
     starts = np.array([run.start for run in runs])
     # A chunk is cut into tiles; a tile reads the pages up to its own last query.
@@ -214,6 +218,7 @@ def _fill_items(plan: StepPlan, runs: list[Run], counts: Array, ends: Array, gri
         (single, plan.singles, plan.num_singles),
         (~single, plan.tiles, plan.num_tiles),
     ):
-        items = cut_items(*(part[chosen] for part in index), grid.split_pages)
+        row, page, begin, end = (part[chosen] for part in index)
+        items = cut_items(row, page, begin, end, grid.split_pages)
         room[: len(items)] = items
         count[...] = len(items)

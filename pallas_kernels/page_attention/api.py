@@ -52,5 +52,5 @@ def page_attention(
         raise ValueError(f"{work.query_position.shape=} does not fit {q.shape=}")
     if implementation not in (None, "reference"):
         raise NotImplementedError(f"page_attention has no {implementation=}")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     return page_attention_reference(q, pool, layer, work, window, soft_cap, scale)

@@ -52,7 +52,9 @@ def page_attention_reference(
     for items in work.items:
         size = max(1, min(_BLOCK_QUERIES // items.max_queries, items.index.shape[0]))
 
-        def block(i: Array, carry: tuple, items: Items = items, size: int = size) -> tuple:
+        def block(
+            i: Array, carry: tuple[Array, Array], items: Items = items, size: int = size
+        ) -> tuple[Array, Array]:
             index, used = _block_of(items, i, size)
             part = _attend(q, pool, layer, work, items, index, used, rule)
             return scatter_merge(*carry, *part)

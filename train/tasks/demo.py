@@ -6,6 +6,7 @@ requests.jsonl holds the requests of `kvjax batch`, expected.jsonl what they sho
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from kvjax.train.tasks.records import Difficulty, make_example
 
@@ -19,7 +20,7 @@ DIFFICULTY = Difficulty(min_records=12, max_records=20, questions=8)
 
 def make_requests(
     seed: int, documents: int, difficulty: Difficulty, *, model: str = "tiny", max_tokens: int = 8
-) -> tuple[list[dict], list[dict]]:
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Requests in the OpenAI batch form, each with one question, and what they should answer.
 
     Questions are asked in turn of every document, so that requests which share a document lie
