@@ -122,11 +122,15 @@ class Engine:
     """Answers requests: plans on the host, computes on the device.
 
     Args:
-        graph, params: of `nnx.split(decoder)`.
+        graph: of `nnx.split(decoder)`.
+        params: likewise.
         model: the decoder's sizes.
         cache: the cache's sizes.
-        grid: the planner's sizes.
+        grid: the planner's sizes, the same where they are the cache's too.
         mesh: over which the parameters lie, with axes of type Auto; None: the default device.
+
+    Raises:
+        ValueError: cache and grid differ in what both have.
     """
 
     def __init__(
@@ -138,6 +142,9 @@ class Engine:
         grid: Grid,
         mesh: Mesh | None = None,
     ) -> None:  # fmt: skip
+        for name in ("page_size", "max_rows", "pages_per_row"):
+            if getattr(cache, name) != getattr(grid, name):
+                raise ValueError(f"the cache and the grid have different {name}: {cache}, {grid}")
         self.model: DecoderConfig = model
         self.cache: CacheConfig = cache
         self.grid: Grid = grid

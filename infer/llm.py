@@ -162,7 +162,8 @@ class LLM:
     ) -> Iterator[Chunk]:  # fmt: skip
         """Like `generate`, but yields every piece of every answer as soon as it is there.
 
-        Closing the iterator before its end gives up what is unfinished.
+        Closing the iterator before its end gives up what is unfinished. One at a time: the engine
+        runs while it is read.
         """
         many = _as_prompts(prompts)
         if isinstance(params, Sequence):
@@ -227,6 +228,8 @@ class LLM:
             request.id: _Answer(index, len(request.prompt), self._text_stream())
             for index, request in enumerate(requests)
         }
+        if self.engine.planner.busy:
+            raise InputError("an earlier stream of this model is unfinished: end or close it first")
         for request in requests:
             self.engine.planner.add(request)
         try:

@@ -140,6 +140,8 @@ def test_streamed_pieces_make_the_text_and_an_early_end_frees_the_pages(llm):
     assert len(pieces) == 2
     stream = llm.stream(prompts(12), GREEDY)
     next(stream)
+    with pytest.raises(InputError, match="unfinished"):
+        llm.generate("meanwhile")
     assert llm.engine.planner.ledger.held > 0
     stream.close()
     assert llm.engine.planner.ledger.held == 0 and not llm.engine.planner.busy
@@ -223,3 +225,10 @@ def test_bfloat16_answers(folder):
     assert llm.engine.state.pool.k.dtype == jnp.bfloat16
     (answer,) = llm.generate([5, 6, 7], GREEDY)
     assert len(answer.token_ids) == 20
+
+
+def test_cache_and_grid_must_agree(llm):
+    engine = llm.engine
+    grid = dataclasses.replace(engine.grid, page_size=8)
+    with pytest.raises(ValueError, match="page_size"):
+        Engine(*models_for_tests.random_decoder(), engine.model, engine.cache, grid)
