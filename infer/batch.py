@@ -17,7 +17,7 @@ from kvjax.errors import InputError
 from kvjax.infer.llm import LLM, Completion, Prompt
 from kvjax.infer.sampling import SamplingParams
 
-__all__ = ["BatchRequest", "BatchSummary", "read_requests", "run_batch"]
+__all__ = ["BatchRequest", "BatchSummary", "answered_ids", "read_requests", "run_batch"]
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _OURS = b'{"id": "batch_req_'  # how every line of an output begins
@@ -163,7 +163,7 @@ def run_batch(
     Raises:
         InputError: the file cannot be written, or holds another model's answers.
     """
-    answered = _resume(output, model)
+    answered = answered_ids(output, model)
     todo = [request for request in requests if request.custom_id not in answered]
     resumed = len(requests) - len(todo)
     failed = prompt_tokens = output_tokens = 0
@@ -184,8 +184,12 @@ def run_batch(
     )  # fmt: skip
 
 
-def _resume(output: Path, model: str) -> set[str]:
-    """The ids that the file has answers for; what an interrupted or failed run left is removed."""
+def answered_ids(output: Path, model: str) -> set[str]:
+    """The ids that a file has answers for; what an interrupted or failed run left is removed.
+
+    Raises:
+        InputError: the file cannot be written, or holds anything but this model's answers.
+    """
     try:
         *lines, torn = output.read_bytes().split(b"\n") if output.exists() else [b""]
         if torn and not torn.startswith(_OURS[: len(torn)]):

@@ -184,7 +184,8 @@ class Engine:
 
     def run(self) -> Iterator[list[Sampled]]:
         """Steps until the planner has nothing left; yields what each step has sampled."""
-        self.warm_up()
+        if self.planner.busy:
+            self.warm_up()
         while self.planner.busy:
             planned = self.planner.plan()
             drawn = self._compute(planned)

@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
-from kvjax.infer.batch import BatchSummary, read_requests, run_batch
+from kvjax.infer.batch import BatchSummary, answered_ids, read_requests, run_batch
 from kvjax.infer.commands.shared import ModelOptions, parse_arguments, warm_up
 from kvjax.infer.compilations import CompilationCount
 from kvjax.infer.llm import LLM
@@ -41,8 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, or 1 if a request failed."""
     args = parse_arguments(Batch, "kvjax batch", argv)
     requests = read_requests(args.input)
+    answered = answered_ids(args.output, args.model)  # a bad file is said before anything is loaded
     llm = args.load(min(args.max_rows, len(requests)))
-    warm_up(llm)
+    if any(request.custom_id not in answered for request in requests):
+        warm_up(llm)
     start = time.perf_counter()
     with (
         CompilationCount() as compiled,
@@ -71,6 +73,9 @@ def _report(args: Batch, llm: LLM, summary: BatchSummary, seconds: float, compil
     }
     if args.json:
         print(json.dumps(figures))
+        return
+    if summary.resumed == summary.requests:
+        print(f"all {summary.requests} requests were answered before; delete {args.output} to redo")
         return
     answered = summary.requests - summary.failed
     resumed = f" ({summary.resumed} by an earlier run)" if summary.resumed else ""

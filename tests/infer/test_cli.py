@@ -43,6 +43,7 @@ def test_every_command_explains_itself(capsys):
         (["generate", "hi", "--file", "x"], "give one of them"),
         (["generate", "--file", "/no/such/file"], "/no/such/file: No such file"),
         (["batch", "/no/such/file", "out"], "/no/such/file: No such file"),
+        (["batch", __file__, "/no/such/file"], "/no/such/file: No such file"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(argv, said, capsys):
