@@ -76,7 +76,8 @@ def step(
         plan.token < 0, state.last_token[jnp.minimum(plan.row, max_rows - 1)], plan.token
     )
     table = grow(state.table, *plan.grow)
-    slots = slots_of(table, plan.row, plan.position, grid.page_size)
+    writer = jnp.where(plan.write, plan.row, max_rows)
+    slots = slots_of(table, writer, plan.position, grid.page_size)
     pool = write_positions(state.pool, plan.position, slots)
     table = advance(table, plan.row)
     attend = paged_attend(slots, _work(grid, table, plan, max_rows), decoder.config.layer_windows())

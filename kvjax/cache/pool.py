@@ -6,15 +6,12 @@ heads that one page spans, B rows, M pages a row may hold, T tokens of a step.
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from kvjax.cache.table import PageTable, Slots
 from kvjax.pallas_kernels.page_write import page_write
-
-if TYPE_CHECKING:
-    from kvjax.cache.table import PageTable, Slots
 
 __all__ = [
     "CacheConfig",
@@ -100,10 +97,8 @@ class CacheConfig:
         """How many tables a row has: (layer groups L/R, head groups K/C)."""
         return -(-self.num_layers // self.R), self.num_kv_heads // self.C
 
-    def init(self) -> "tuple[KVPool, PageTable]":
+    def init(self) -> tuple[KVPool, PageTable]:
         """An empty pool and a table without rows."""
-        from kvjax.cache.table import PageTable
-
         shape = (self.num_pages, self.R, self.C, self.page_size, self.head_dim)
         position = None
         if self.track_positions:
@@ -128,7 +123,7 @@ class CacheConfig:
         return self.num_pages * self.page_bytes(platform) + table + 4 * self.max_rows
 
 
-def write(pool: KVPool, layer: Array, k: Array, v: Array, slots: "Slots") -> KVPool:
+def write(pool: KVPool, layer: Array, k: Array, v: Array, slots: Slots) -> KVPool:
     """Writes one layer's new keys and values; a slot in page N or above is dropped.
 
     Args:
@@ -144,7 +139,7 @@ def write(pool: KVPool, layer: Array, k: Array, v: Array, slots: "Slots") -> KVP
     return dataclasses.replace(pool, k=planes[0], v=planes[1])
 
 
-def write_positions(pool: KVPool, positions: Array, slots: "Slots") -> KVPool:
+def write_positions(pool: KVPool, positions: Array, slots: Slots) -> KVPool:
     """Writes the tokens' true positions, once a step for all layers; a no-op for a dense pool.
 
     Args:
@@ -172,7 +167,7 @@ def copy_pages(pool: KVPool, source: Array, target: Array) -> KVPool:
     return jax.tree.map(lambda plane: plane.at[target].set(plane[source], mode="drop"), pool)
 
 
-def gather(pool: KVPool, table: "PageTable", rows: Array) -> tuple[Array, Array]:
+def gather(pool: KVPool, table: PageTable, rows: Array) -> tuple[Array, Array]:
     """Rows as dense arrays, for a reader that has no use for pages: tests, saving, scoring.
 
     Args:
@@ -201,9 +196,7 @@ def _dense(plane: Array, pages: Array, live: Array) -> Array:
     return tokens.reshape(n, g * r, h * c, m * p, d)
 
 
-def compact(
-    pool: KVPool, table: "PageTable", rows: Array, keep: Array
-) -> "tuple[KVPool, PageTable]":
+def compact(pool: KVPool, table: PageTable, rows: Array, keep: Array) -> tuple[KVPool, PageTable]:
     """Evicts tokens: those kept move to the front of their row's pages, in order.
 
     Pages beyond the new length are no longer referred to; the host gives them up when it has read

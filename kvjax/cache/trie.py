@@ -43,8 +43,8 @@ class Extension:
     """What an `extend` asks of the device.
 
     Attributes:
-        matched: how many of the new tokens, from the first on, were found in other branches'
-            pages, where their keys and values already are.
+        matched: how many of the new tokens, from the first on, are in other branches' pages,
+            where their keys and values already are: there is no need to write them.
         copies: (source, target) pages to copy before anything is written.
     """
 
@@ -119,7 +119,8 @@ class PrefixTrie:
             raise
         branch.tokens.extend(tokens[matched:])
         for depth in range(len(branch._nodes), len(branch) // self.page_size):
-            self._index(branch, depth)
+            if self._index(branch, depth):
+                matched = (depth + 1) * self.page_size - length
         if copies and copies[0][1] != branch.pages[length // self.page_size]:
             copies = ()  # the filled page had a twin: the copy's page is free again
         return Extension(matched, copies)
@@ -156,21 +157,23 @@ class PrefixTrie:
     def _is_private(self, page: int) -> bool:
         return self.ledger.count(page) == 1 and page not in self._node_of
 
-    def _index(self, branch: Branch, depth: int) -> None:
-        """Makes a page that has become full findable, or takes its twin if there is one."""
+    def _index(self, branch: Branch, depth: int) -> bool:
+        """Makes a page that has become full findable, or takes its twin; says if there was one."""
         start = depth * self.page_size
         key = tuple(branch.tokens[start : start + self.page_size])
         parent = branch._nodes[-1] if branch._nodes else self._root
         twin = parent.children.get(key)
         if twin is None:
-            twin = _Node(parent, key, branch.pages[depth])
-            parent.children[key] = self._node_of[twin.page] = twin
-            self.ledger.index(twin.page)
-        else:
-            self.ledger.hold([twin.page])
-            self.ledger.release([branch.pages[depth]])
-            branch.pages[depth] = twin.page
+            node = _Node(parent, key, branch.pages[depth])
+            parent.children[key] = self._node_of[node.page] = node
+            self.ledger.index(node.page)
+            branch._nodes.append(node)
+            return False
+        self.ledger.hold([twin.page])
+        self.ledger.release([branch.pages[depth]])
+        branch.pages[depth] = twin.page
         branch._nodes.append(twin)
+        return True
 
     @staticmethod
     def _append(branch: Branch, node: _Node) -> None:

@@ -159,16 +159,16 @@ class FirstCome:
         if row.prefilling:
             tokens = list(request.prompt[start : start + budget])
             self.prefill_tokens_computed += len(tokens)
-        # Tokens that the index happens to hold are computed again: they are written to their own
-        # slots with their own values, and their successor is needed anyway.
-        self.trie.extend(row.branch, tokens)
+        # Tokens that the index happens to hold are computed again, for what follows them, but not
+        # written again: their pages are others' too.
+        stored = self.trie.extend(row.branch, tokens).matched
         draws = None
         if not row.prefilling:
             draws = (request.temperature, request.top_p, request.seed)
             self._drawing.append(row)
         if row.generated:
             tokens = [-1]  # the device has it
-        runs.append(Run(row.seat, start, tokens, row.branch.pages, draws))
+        runs.append(Run(row.seat, start, tokens, stored, row.branch.pages, draws))
         return len(tokens)
 
     def _admit(self, request: Request) -> _Row | None:

@@ -82,6 +82,7 @@ class StepPlan(NamedTuple, Generic[A]):
         token: int32[T], -1: the token that the row sampled last, which is on the device.
         position: int32[T] true positions.
         row: int32[T] seat of each token; `max_rows` where there is none.
+        write: bool[T], whether its key and value are written: not if they are there already.
         grow: int32[3, T]: row, entry, page: the table's new entries, made before anything else.
         singles: int32[I, 5] work items of rows that bring one token.
         num_singles: int32 scalar.
@@ -97,6 +98,7 @@ class StepPlan(NamedTuple, Generic[A]):
     token: A
     position: A
     row: A
+    write: A
     grow: A
     singles: A
     num_singles: A
@@ -118,6 +120,7 @@ class StepPlan(NamedTuple, Generic[A]):
             token=np.zeros(tokens, np.int32),
             position=np.zeros(tokens, np.int32),
             row=nobody,
+            write=np.zeros(tokens, np.bool_),
             grow=np.stack([nobody, np.zeros_like(nobody), np.zeros_like(nobody)]),
             singles=np.zeros((singles, 5), np.int32),
             num_singles=np.zeros((), np.int32),
@@ -138,6 +141,7 @@ class Run(NamedTuple):
         row: its seat.
         start: the true position of the first token.
         tokens: the tokens, or [-1] for the one that it sampled last.
+        stored: how many of them, from the first on, are in shared pages already.
         pages: all pages of the row once the tokens are in.
         draws: (temperature, top_p, seed) if the successor of the last token is drawn, else None.
     """
@@ -145,6 +149,7 @@ class Run(NamedTuple):
     row: int
     start: int
     tokens: list[int]
+    stored: int
     pages: list[int]
     draws: tuple[float, float, int] | None
 
@@ -185,6 +190,7 @@ def pack(runs: list[Run], grid: Grid) -> tuple[Bucket, StepPlan[Array]]:
         plan.token[place] = run.tokens
         plan.position[place] = np.arange(run.start, run.start + n)
         plan.row[place] = run.row
+        plan.write[place.start + run.stored : end] = True
         # The pages from the one that the first token falls in may be new; never more than n.
         entries = range(run.start // grid.page_size, len(run.pages))
         grow = slice(end - n, end - n + len(entries))

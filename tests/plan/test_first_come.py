@@ -42,6 +42,22 @@ def test_a_shared_prefix_is_computed_once():
     assert planner.ledger.held == 0
 
 
+def test_a_page_with_a_twin_is_not_written_again():
+    """Two equal prompts of 6 tokens, pages of 4: whoever fills tokens 4 to 7 second takes the
+    first one's page, and the token that filled it is not written."""
+    planner = FirstCome(GRID, PageLedger(32))
+    for i in range(2):
+        planner.add(Request(id=i, prompt=(1, 2, 3, 4, 5, 6), max_tokens=6))
+    unwritten = []
+    while planner.busy:
+        step = planner.plan().step
+        live = step.row < GRID.max_rows
+        unwritten += [(int(p)) for p in step.position[live & ~step.write]]
+        planner.accept([7] * int((step.sample_row < GRID.max_rows).sum()))
+    # Token 7 fills the second page; 11 would fill the third, but the last token is not stored.
+    assert unwritten == [7]
+
+
 def test_stop_tokens_and_lengths():
     planner = FirstCome(GRID, PageLedger(32))
     planner.add(Request(id=0, prompt=(1,), max_tokens=9, stop_ids=frozenset({7})))

@@ -35,14 +35,15 @@ def test_rows_are_cut_at_fixed_multiples():
 def test_a_decoding_row_and_a_chunk():
     """Row 2 brings its 6th token; row 0 brings tokens 3 to 6 of its prompt and draws nothing."""
     runs = [
-        Run(row=2, start=5, tokens=[-1], pages=[9, 4], draws=(0.5, 0.9, 3)),
-        Run(row=0, start=3, tokens=[11, 12, 13, 14], pages=[6, 1], draws=None),
+        Run(row=2, start=5, tokens=[-1], stored=0, pages=[9, 4], draws=(0.5, 0.9, 3)),
+        Run(row=0, start=3, tokens=[11, 12, 13, 14], stored=1, pages=[6, 1], draws=None),
     ]
     bucket, plan = pack(runs, GRID)
     assert bucket == Bucket(8, 4, True)
     np.testing.assert_array_equal(plan.token[:5], [-1, 11, 12, 13, 14])
     np.testing.assert_array_equal(plan.position[:5], [5, 3, 4, 5, 6])
     np.testing.assert_array_equal(plan.row, [2, 0, 0, 0, 0, 4, 4, 4])
+    np.testing.assert_array_equal(plan.write, [True, False, True, True, True, False, False, False])
     # Token 5 of row 2 is in its entry 1; tokens 3 to 6 of row 0 in entries 0 and 1.
     np.testing.assert_array_equal(plan.grow[:, :3], [[2, 0, 0], [1, 0, 1], [4, 6, 1]])
     np.testing.assert_array_equal(plan.grow[0, 3:], [4] * 5)
@@ -63,7 +64,7 @@ def steps(draw):
         n = draw(st.integers(0, min(budget, 32 - start)))
         if n:
             pages = [100 * row + i for i in range(-(-(start + n) // 4))]
-            runs.append(Run(row, start, [1] * n, pages, None))
+            runs.append(Run(row, start, [1] * n, 0, pages, None))
             budget -= n
     return runs
 
