@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -146,6 +146,7 @@ def run_batch(
     output: Path,
     *,
     model: str,
+    answered: Collection[str] | None = None,
     progress: Callable[[int, int], None] = lambda done, failed: None,
 ) -> BatchSummary:
     """Answers requests and appends each answer to a file when it is finished.
@@ -158,12 +159,13 @@ def run_batch(
         requests: from `read_requests`.
         output: written line by line and flushed.
         model: the name that the answers carry.
+        answered: what `answered_ids` says of the output; None: it is asked.
         progress: called with the requests done and failed so far.
 
     Raises:
         InputError: the file cannot be written, or holds another model's answers.
     """
-    answered = answered_ids(output, model)
+    answered = answered_ids(output, model) if answered is None else answered
     todo = [request for request in requests if request.custom_id not in answered]
     resumed = len(requests) - len(todo)
     failed = prompt_tokens = output_tokens = 0

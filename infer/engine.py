@@ -142,7 +142,7 @@ class Engine:
         cache: CacheConfig,
         grid: Grid,
         mesh: Mesh | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         for name in ("page_size", "max_rows", "pages_per_row"):
             if getattr(cache, name) != getattr(grid, name):
                 raise ValueError(f"the cache and the grid have different {name}: {cache}, {grid}")

@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             bar.set_postfix(failed=failed, refresh=False)
             bar.update(done - bar.n)
 
-        summary = run_batch(llm, requests, args.output, model=args.model, progress=progress)
+        summary = run_batch(
+            llm, requests, args.output, model=args.model, answered=answered, progress=progress
+        )
     seconds = time.perf_counter() - start
     _report(args, llm, summary, seconds, compiled.count)
     return 1 if summary.failed else 0

@@ -17,6 +17,9 @@ __all__ = ["PageTable", "Slots", "advance", "fork_rows", "grow", "seat", "slots_
 
 Array = jax.Array
 
+# A page that no pool has: what is written there is dropped.
+_NOWHERE = 2**31 - 1
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,8 +106,7 @@ def slots_of(table: PageTable, row: Array, position: Array, page_size: int) -> S
     index = jnp.clip(slot // page_size, 0, pages_per_row - 1)
     page = jnp.take_along_axis(table.pages[:, :, clipped], index[..., None], axis=-1)[..., 0]
     fits = (row < max_rows)[None, None] & (slot < pages_per_row * page_size)
-    # No entry means no page: any number that no pool has will do, and is dropped by every write.
-    return Slots(page=jnp.where(fits, page, jnp.iinfo(jnp.int32).max), offset=slot % page_size)
+    return Slots(page=jnp.where(fits, page, _NOWHERE), offset=slot % page_size)
 
 
 def advance(table: PageTable, row: Array) -> PageTable:
@@ -146,11 +148,10 @@ def fork_rows(
     source = jnp.take_along_axis(pages, jnp.minimum(last, pages.shape[-1] - 1), axis=-1)[..., 0]
     entry = jnp.arange(pages.shape[-1])[None, None, None]
     pages = jnp.where((entry == last) & copied[..., None], spare_pages[..., None], pages)
-    nowhere = jnp.iinfo(jnp.int32).max
     # Pages beyond the last token were set aside for the parent: two rows must not write there.
     unused = entry * page_size >= length[..., None]
-    pages = jnp.where(unused & (empty | moved)[None, None, :, None], nowhere, pages)
-    target = jnp.where(copied, spare_pages, nowhere)
+    pages = jnp.where(unused & (empty | moved)[None, None, :, None], _NOWHERE, pages)
+    target = jnp.where(copied, spare_pages, _NOWHERE)
     position = jnp.where(empty, 0, table.position[parent])
     forked = PageTable(pages=pages, length=length, position=position)
     return forked, source.reshape(-1), target.reshape(-1)

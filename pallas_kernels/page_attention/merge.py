@@ -3,9 +3,27 @@
 import jax
 import jax.numpy as jnp
 
-__all__ = ["merge", "scatter_merge"]
+__all__ = ["finish", "guard", "merge", "scatter_merge"]
 
 Array = jax.Array
+
+
+def guard(top: Array) -> Array:
+    """The largest exponent, or 0 where there is none: -inf - -inf is no number."""
+    return jnp.where(jnp.isneginf(top), 0.0, top)
+
+
+def finish(summed: Array, total: Array, top: Array) -> tuple[Array, Array]:
+    """Out and lse from sums of weights `exp(x - top)`; (0, -inf) where there was nothing to sum.
+
+    Args:
+        summed: float32[..., D], the weighted values.
+        total: float32[...], the weights.
+        top: float32[...], from `guard`.
+    """
+    some = total > 0
+    total = jnp.where(some, total, 1.0)
+    return summed / total[..., None], jnp.where(some, top + jnp.log(total), -jnp.inf)
 
 
 def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
@@ -19,13 +37,10 @@ def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array
         out_b: as out_a.
         lse_b: as lse_a.
     """
-    top = jnp.maximum(lse_a, lse_b)
-    safe = jnp.where(jnp.isneginf(top), 0.0, top)
-    weight_a, weight_b = jnp.exp(lse_a - safe), jnp.exp(lse_b - safe)
-    total = weight_a + weight_b
-    divisor = jnp.where(total > 0, total, 1.0)[..., None]
-    out = (out_a * weight_a[..., None] + out_b * weight_b[..., None]) / divisor
-    return out, jnp.where(total > 0, safe + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
+    top = guard(jnp.maximum(lse_a, lse_b))
+    weight_a, weight_b = jnp.exp(lse_a - top), jnp.exp(lse_b - top)
+    summed = out_a * weight_a[..., None] + out_b * weight_b[..., None]
+    return finish(summed, weight_a + weight_b, top)
 
 
 def scatter_merge(
@@ -40,12 +55,9 @@ def scatter_merge(
         part: float32[n, H, D].
         part_lse: float32[n, H].
     """
-    top = lse.at[query].max(part_lse, mode="drop")
-    safe = jnp.where(jnp.isneginf(top), 0.0, top)
-    old = jnp.exp(lse - safe)
-    new = jnp.exp(part_lse - safe.at[query].get(mode="fill", fill_value=0.0))
+    top = guard(lse.at[query].max(part_lse, mode="drop"))
+    old = jnp.exp(lse - top)
+    new = jnp.exp(part_lse - top.at[query].get(mode="fill", fill_value=0.0))
     total = old.at[query].add(new, mode="drop")
-    divisor = jnp.where(total > 0, total, 1.0)[..., None]
     summed = (out * old[..., None]).at[query].add(part * new[..., None], mode="drop")
-    lse = jnp.where(total > 0, safe + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
-    return summed / divisor, lse
+    return finish(summed, total, top)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kvjax.pallas_kernels.page_attention.merge import scatter_merge
+from kvjax.pallas_kernels.page_attention.merge import finish, guard, scatter_merge
 from kvjax.pallas_kernels.page_attention.work import Items, Pages, WorkList
 
 __all__ = ["page_attention_reference"]
@@ -137,11 +137,7 @@ def _softmax(q: Array, k: Array, v: Array, seen: Array, rule: _Rule) -> tuple[Ar
         score = rule.soft_cap * jnp.tanh(score / rule.soft_cap)
     seen = jnp.tile(seen, (1, 1, q.shape[3] // seen.shape[2], 1))[:, :, None]
     score = jnp.where(seen, score, -jnp.inf)
-    top = jnp.max(score, axis=-1, keepdims=True)
-    top = jnp.where(jnp.isneginf(top), 0.0, top)
-    weight = jnp.exp(score - top)
-    total = jnp.sum(weight, axis=-1)
-    out = jnp.einsum("jecms,jecsd->jecmd", weight, v, precision="highest")
-    some = total > 0
-    total = jnp.where(some, total, 1.0)
-    return out / total[..., None], jnp.where(some, top[..., 0] + jnp.log(total), -jnp.inf)
+    top = guard(jnp.max(score, axis=-1))
+    weight = jnp.exp(score - top[..., None])
+    summed = jnp.einsum("jecms,jecsd->jecmd", weight, v, precision="highest")
+    return finish(summed, jnp.sum(weight, axis=-1), top)

@@ -31,16 +31,6 @@ GROUPED = CacheConfig(
 )  # fmt: skip
 
 
-@pytest.fixture(params=["eager", "donated"])
-def run(request):
-    """`run(f, donate)`: f as it is, or jitted with those arguments donated."""
-
-    def wrap(f, donate=(0,)):
-        return f if request.param == "eager" else jax.jit(f, donate_argnums=donate)
-
-    return wrap
-
-
 def i32(x):
     return jnp.asarray(x, jnp.int32)
 

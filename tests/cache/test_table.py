@@ -6,7 +6,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from kvjax.cache import (
     CacheConfig,
@@ -26,16 +25,6 @@ CONFIG = CacheConfig(
     num_pages=9, page_size=4, num_layers=1, num_kv_heads=2, head_dim=2, max_rows=4, pages_per_row=3
 )
 GROUPED = dataclasses.replace(CONFIG, num_layers=2, layers_per_page=1, heads_per_page=1)
-
-
-@pytest.fixture(params=["eager", "donated"])
-def run(request):
-    """`run(f)`: f as it is, or jitted with its first argument donated."""
-
-    def wrap(f):
-        return f if request.param == "eager" else jax.jit(f, donate_argnums=0)
-
-    return wrap
 
 
 def i32(x):
