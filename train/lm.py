@@ -26,10 +26,11 @@ from kvjax.models.decoder import Decoder
 from kvjax.models.hf import save
 from kvjax.models.hf_config import config_fields
 from kvjax.models.tokenizer import Tokenizer
-from kvjax.train.chat import ASSISTANT, EOS, PAD, save_tokenizer, train_tokenizer
+from kvjax.train.chat import PAD, save_tokenizer, train_tokenizer
 from kvjax.train.lm_config import LMConfig, read_config
 from kvjax.train.loop import Loss, Metrics, init_state, make_step, run
-from kvjax.train.tasks.records import Difficulty, make_example, sentences
+from kvjax.train.tasks import Difficulty, Mixture
+from kvjax.train.tasks.encode import ChatEncoder, stretch
 
 __all__ = [
     "Batch",
@@ -44,7 +45,6 @@ __all__ = [
 ]
 
 Array = jax.Array
-_ANSWER_TOKENS = 5  # four digits and the end
 _EVAL_ROWS = 16
 
 
@@ -53,55 +53,65 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens: int32[B, T], padded at the end.
+        positions: int32[B, T], which the rotary angles follow.
         places: int32[B, A], from which positions an answer's tokens are predicted.
         weights: float32[B, A], 1 where `places` holds such a position, 0 where it pads.
         window: int32 scalar, how many of the last positions the first layer sees; 0 is all.
     """
 
     tokens: np.ndarray
+    positions: np.ndarray
     places: np.ndarray
     weights: np.ndarray
     window: np.ndarray
 
 
 def encode_batch(
-    tokenizer: Tokenizer,
+    encoder: ChatEncoder,
     seed: int,
     first: int,
     size: int,
     length: int,
-    difficulty: Difficulty,
+    difficulty: Difficulty | Mixture,
     window: int = 0,
+    longest: int = 0,
 ) -> Batch:
-    """The examples `first` to `first + size - 1` of a seed."""
-    answers = _ANSWER_TOKENS * difficulty.questions
+    """The examples `first` to `first + size - 1` of a seed.
+
+    Args:
+        encoder: makes the ids.
+        seed: of the data.
+        first: the number of the first example.
+        size: how many.
+        length: to which they are padded.
+        difficulty: makes them.
+        window: of the first layer.
+        longest: positions are stretched to up to this many, see `stretch`.
+    """
+    answers = difficulty.answer_tokens
     batch = Batch(
-        np.full((size, length), tokenizer.backend.token_to_id(PAD), np.int32),
+        np.full((size, length), encoder.tokenizer.backend.token_to_id(PAD), np.int32),
+        np.broadcast_to(np.arange(length, dtype=np.int32), (size, length)).copy(),
         np.zeros((size, answers), np.int32),
         np.zeros((size, answers), np.float32),
         np.asarray(window, np.int32),
     )
     for row in range(size):
-        chat = make_example(seed, first + row, difficulty).messages()
-        ids = np.asarray(tokenizer.encode_chat(chat, add_generation_prompt=False), np.int32)
+        chat = difficulty.make(seed, first + row).messages()
+        ids = encoder.encode(chat)
         if ids.size > length:
             raise InputError(
                 f"a document of {len(chat) // 2} questions has {ids.size} tokens, more than its "
                 f"stage's {length}: make the stage longer or the documents shorter"
             )
-        places = _answer_places(ids, tokenizer)
+        places = encoder.answer_places(ids)
         batch.tokens[row, : ids.size] = ids
         batch.places[row, : places.size] = places
         batch.weights[row, : places.size] = 1
+        # A seed of its own, so that documents are the same with and without gaps.
+        rng = np.random.default_rng(np.random.SeedSequence((seed, first + row, 1)))
+        batch.positions[row, : ids.size] = stretch(rng, ids.size, encoder.stops(ids), longest)
     return batch
-
-
-def _answer_places(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """Positions before each token of each answer, the end included: int32[answers * 5]."""
-    # An answer is what stands between the line break after its mark and the end, that included.
-    starts = np.flatnonzero(ids == tokenizer.backend.token_to_id(ASSISTANT)) + 1
-    ends = np.flatnonzero(ids == tokenizer.backend.token_to_id(EOS))
-    return np.concatenate([np.arange(s, e) for s, e in zip(starts, ends, strict=True)])
 
 
 def _forward(
@@ -109,10 +119,9 @@ def _forward(
 ) -> tuple[Array, Array]:
     """Logits float32[B, A, V] of the answers' tokens, and the tokens int32[B, A]."""
     decoder = nnx.merge(graph, params)
-    positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1])[None], batch.tokens.shape)
     windows = jnp.asarray(decoder.config.windows or (0,) * decoder.config.num_layers, jnp.int32)
     windows = windows.at[0].set(jnp.where(batch.window > 0, batch.window, windows[0]))
-    hidden, _ = decoder(batch.tokens, positions, (), causal_attend(windows))
+    hidden, _ = decoder(batch.tokens, batch.positions, (), causal_attend(windows))
     hidden = jnp.take_along_axis(hidden, batch.places[..., None], axis=1)
     return decoder.logits(hidden), jnp.take_along_axis(batch.tokens, batch.places + 1, axis=1)
 
@@ -144,14 +153,20 @@ def exact_match_rate(
         logits, targets = _forward(graph, params, batch)
         return jnp.all((jnp.argmax(logits, -1) == targets) | (batch.weights == 0), axis=-1)
 
-    difficulty = dataclasses.replace(config.eval_difficulty, questions=1)
+    difficulty = config.eval_difficulty.alone()
     count, longest = config.eval_prompts, config.model.max_positions
-    whole = encode_batch(tokenizer, config.eval_seed, 0, count, longest, difficulty)
+    whole = encode_batch(ChatEncoder(tokenizer), config.eval_seed, 0, count, longest, difficulty)
     used = int(np.max(whole.places)) + 2
     rows = (slice(first, first + _EVAL_ROWS) for first in range(0, count, _EVAL_ROWS))
     hits = [
         right(
-            params, Batch(whole.tokens[r, :used], whole.places[r], whole.weights[r], whole.window)
+            params,
+            whole._replace(
+                tokens=whole.tokens[r, :used],
+                positions=whole.positions[r, :used],
+                places=whole.places[r],
+                weights=whole.weights[r],
+            ),
         )
         for r in rows
     ]
@@ -164,6 +179,7 @@ def make_batches(config: LMConfig, tokenizer: Tokenizer) -> Callable[[int], Batc
     ends = np.rint(shares * config.steps).astype(int)
     counts = np.diff(ends, prepend=0) * [stage.batch_size for stage in config.stages]
     firsts = np.cumsum(counts) - counts
+    encoder = ChatEncoder(tokenizer)
 
     def batch(step: int) -> Batch:
         index = int(np.searchsorted(ends, step, side="right"))
@@ -172,8 +188,9 @@ def make_batches(config: LMConfig, tokenizer: Tokenizer) -> Callable[[int], Batc
         first = int(firsts[index]) + into * stage.batch_size
         size, length = stage.batch_size, stage.length
         return encode_batch(
-            tokenizer, config.seed, first, size, length, stage.difficulty, stage.first_window
-        )
+            encoder, config.seed, first, size, length, stage.difficulty, stage.first_window,
+            stage.longest,
+        )  # fmt: skip
 
     return batch
 
@@ -232,7 +249,7 @@ def first_decoder(config: LMConfig) -> tuple[nnx.GraphDef[Any], nnx.State[Any, A
 def train(config: LMConfig, folder: Path) -> dict[str, Any]:
     """Trains or resumes, measures, writes `folder`/model; returns the run's figures."""
     config_fields(config.model)  # what cannot be exported is refused now, not after the training
-    tokenizer = train_tokenizer(sentences(), config.model.vocab_size)
+    tokenizer = train_tokenizer(config.eval_difficulty.corpus(), config.model.vocab_size)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise InputError(
             f"model.vocab_size is {config.model.vocab_size}, less than the tokenizer's "

@@ -6,7 +6,7 @@ import pkgutil
 
 from kvjax.errors import InputError
 from kvjax.models.decoder import DecoderConfig
-from kvjax.train.tasks.records import Difficulty
+from kvjax.train.tasks import Difficulty, Mixture
 
 __all__ = ["LMConfig", "Stage", "read_config"]
 
@@ -24,13 +24,16 @@ class Stage:
             To find a value, one layer has to gather the words of a key and the next to compare
             keys, and neither learns before the other. In a window of a few tokens any attention
             gathers the key, so the comparison is learnt at once; the window can then widen.
+        longest: positions of half of the examples are stretched by gaps to up to this many, so
+            that the model knows longer distances than it is trained on; 0 stretches none.
     """
 
     share: float
     batch_size: int
     length: int
-    difficulty: Difficulty
+    difficulty: Difficulty | Mixture
     first_window: int = 0
+    longest: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,7 @@ class LMConfig:
     model: DecoderConfig
     stages: tuple[Stage, ...]
     steps: int
-    eval_difficulty: Difficulty
+    eval_difficulty: Difficulty | Mixture
     learning_rate: float = 6e-3
     warmup_steps: int = 50
     adam_b2: float = 0.98

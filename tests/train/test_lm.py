@@ -19,6 +19,7 @@ from kvjax.train import lm
 from kvjax.train.chat import train_tokenizer
 from kvjax.train.lm_config import LMConfig, Stage, read_config
 from kvjax.train.tasks import Difficulty, make_example
+from kvjax.train.tasks.encode import ChatEncoder
 from kvjax.train.tasks.records import sentences
 
 pytestmark = pytest.mark.slow
@@ -68,7 +69,7 @@ def split_decoder(seed=0):
 
 
 def test_training_text_is_the_template(tokenizer):
-    batch = lm.encode_batch(tokenizer, 4, 10, 2, 96, SMALL)
+    batch = lm.encode_batch(ChatEncoder(tokenizer), 4, 10, 2, 96, SMALL)
     for row in range(2):
         messages = make_example(4, 10 + row, SMALL).messages()
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
@@ -81,7 +82,7 @@ def test_training_text_is_the_template(tokenizer):
 
 
 def test_the_loss_looks_at_the_answers_alone(tokenizer):
-    batch = lm.encode_batch(tokenizer, 4, 10, 2, 96, SMALL)
+    batch = lm.encode_batch(ChatEncoder(tokenizer), 4, 10, 2, 96, SMALL)
     for row in range(2):
         asked = make_example(4, 10 + row, SMALL).asked
         places = batch.places[row][batch.weights[row] == 1]
@@ -92,7 +93,7 @@ def test_the_loss_looks_at_the_answers_alone(tokenizer):
 def test_loss_of_even_logits_is_log_of_the_vocabulary(tokenizer):
     graph, params = split_decoder()
     params = jax.tree.map(jnp.zeros_like, params)
-    batch = lm.encode_batch(tokenizer, 4, 10, 2, 96, SMALL)
+    batch = lm.encode_batch(ChatEncoder(tokenizer), 4, 10, 2, 96, SMALL)
     value, metrics = jax.jit(lm.answer_loss(graph))(params, batch)
     np.testing.assert_allclose(value, np.log(512), rtol=1e-6)  # float32 rounding
     assert metrics["accuracy"] == 0  # all tokens are as likely: token 0, padding, wins
@@ -100,8 +101,10 @@ def test_loss_of_even_logits_is_log_of_the_vocabulary(tokenizer):
 
 def test_weights_of_padding_change_nothing(tokenizer):
     graph, params = split_decoder()
-    batch = lm.encode_batch(tokenizer, 4, 10, 2, 96, SMALL)
-    longer = lm.encode_batch(tokenizer, 4, 10, 2, 112, dataclasses.replace(SMALL, questions=2))
+    batch = lm.encode_batch(ChatEncoder(tokenizer), 4, 10, 2, 96, SMALL)
+    longer = lm.encode_batch(
+        ChatEncoder(tokenizer), 4, 10, 2, 112, dataclasses.replace(SMALL, questions=2)
+    )
     more = longer._replace(
         places=np.pad(longer.places, ((0, 0), (0, 5))),
         weights=np.pad(longer.weights, ((0, 0), (0, 5))),
@@ -134,10 +137,10 @@ def test_command_trains_measures_and_exports(run, tmp_path):
 def test_a_killed_command_ends_with_the_same_weights(run, toy, tmp_path, monkeypatch):
     encode = lm.encode_batch
 
-    def interrupt(tokenizer, seed, first, *rest):
+    def interrupt(encoder, seed, first, *rest):
         if (seed, first) == (CONFIG.seed, 8):  # the last step
             raise KeyboardInterrupt
-        return encode(tokenizer, seed, first, *rest)
+        return encode(encoder, seed, first, *rest)
 
     monkeypatch.setattr(lm, "encode_batch", interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -192,7 +195,7 @@ def test_what_no_option_takes_ends_in_status_2(toy, options, capsys):
 
 def test_a_stage_too_short_for_its_documents_is_refused(tokenizer):
     with pytest.raises(InputError, match="more than its stage's 16: make the stage longer"):
-        lm.encode_batch(tokenizer, 0, 0, 1, 16, SMALL)
+        lm.encode_batch(ChatEncoder(tokenizer), 0, 0, 1, 16, SMALL)
 
 
 def test_a_file_is_no_run(toy, tmp_path):
@@ -212,4 +215,4 @@ def test_the_built_in_configs_stages_hold_their_documents(tokenizer):
     for stage in read_config("lm_tiny").stages:
         most = stage.difficulty.max_records
         difficulty = dataclasses.replace(stage.difficulty, min_records=most)
-        lm.encode_batch(tokenizer, 9, 0, 200, stage.length, difficulty)
+        lm.encode_batch(ChatEncoder(tokenizer), 9, 0, 200, stage.length, difficulty)

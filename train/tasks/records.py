@@ -66,6 +66,24 @@ class Difficulty:
         if not 1 <= self.min_records <= self.max_records <= most or self.questions < 1:
             raise ValueError(f"{self} asks for no question or for other than 1 to {most} records")
 
+    @property
+    def answer_tokens(self) -> int:
+        """How many tokens all answers have together: four digits and the end."""
+        return 5 * self.questions
+
+    def make(self, seed: int, index: int) -> "Example":
+        """The example number `index` of a seed."""
+        return make_example(seed, index, self)
+
+    def alone(self) -> "Difficulty":
+        """The same with one question a document, for an evaluation."""
+        return dataclasses.replace(self, questions=1)
+
+    @staticmethod
+    def corpus() -> Iterator[str]:
+        """What its tokenizer is trained on."""
+        return sentences()
+
 
 @dataclasses.dataclass(frozen=True)
 class Record:
