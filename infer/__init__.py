@@ -1,6 +1,7 @@
 """Inference: the engine, its public API, and the commands."""
 
-from kvjax.infer.llm import LLM, Chunk, Completion
+from kvjax.infer.answers import Chunk, Completion, TokenLogprob
+from kvjax.infer.llm import LLM
 from kvjax.infer.sampling import SamplingParams
 
-__all__ = ["LLM", "Chunk", "Completion", "SamplingParams"]
+__all__ = ["LLM", "Chunk", "Completion", "SamplingParams", "TokenLogprob"]

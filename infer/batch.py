@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from kvjax.errors import InputError
-from kvjax.infer.llm import LLM, Completion, Prompt
+from kvjax.infer.answers import Completion
+from kvjax.infer.llm import LLM, Prompt
 from kvjax.infer.sampling import SamplingParams
 
 __all__ = ["BatchRequest", "BatchSummary", "answered_ids", "read_requests", "run_batch"]

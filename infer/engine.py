@@ -1,118 +1,56 @@
-"""The engine: one pure step, compiled once for each declared shape, and the loop that feeds it."""
+"""The engine: the loop that feeds the step, and never waits for it longer than it must."""
 
 import dataclasses
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kvjax.cache import (
-    CacheConfig,
-    KVPool,
-    PageLedger,
-    PageTable,
-    advance,
-    grow,
-    seat,
-    slots_of,
-    write_positions,
-)
-from kvjax.infer.sampling import sample
-from kvjax.models.attention import paged_attend
+from kvjax.cache import CacheConfig, OutOfPages, PageLedger
+from kvjax.infer.compilations import NoCompilation
+from kvjax.infer.draw import Logprobs, settings_of
+from kvjax.infer.step import Drawn, EngineState, Params, give_seats, seats_as_arrays, step
 from kvjax.models.decoder import DecoderConfig
-from kvjax.pallas_kernels.page_attention import Items, WorkList
-from kvjax.plan import Bucket, FirstCome, Grid, Planned, Sampled, StepPlan
+from kvjax.plan import Bucket, FirstCome, Grid, Planned, Sampled, Seat, StepPlan
 from kvjax.sharding import spec
 
-__all__ = ["Engine", "EngineState", "step"]
+__all__ = ["Engine", "Output"]
 
-Array = jax.Array
-Params = nnx.State[Any, Any]
-
-# Rows that one call of `seat` gives their first pages; more need more calls.
+# Requests that one call seats; more need more calls.
 _SEATS = 8
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EngineState:
-    """All that lives on the device between steps.
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a call brought a request.
 
     Attributes:
-        pool: the pages.
-        table: the rows' pages.
-        last_token: int32[B], the token that each row sampled last.
+        id: of the request.
+        tokens: those drawn, in order.
+        finish_reason: "stop" or "length" with the last ones.
+        logprobs: of these tokens, numpy [n, ...]; None unless the request asked for them.
+        scores: of the next tokens of its prompt, numpy [n, ...]; None where there are none.
     """
 
-    pool: KVPool
-    table: PageTable
-    last_token: Array
-
-
-def step(
-    graph: nnx.GraphDef[Any], grid: Grid, params: Params, state: EngineState, plan: StepPlan[Array]
-) -> tuple[EngineState, Array]:
-    """Computes a plan: writes its tokens' keys and values, attends, draws the next tokens.
-
-    Args:
-        graph: of the decoder; static.
-        grid: static.
-        params: of the decoder.
-        state: donate it.
-        plan: of one of the grid's shapes.
-
-    Returns:
-        The state, and the tokens drawn, int32[B], in the plan's order.
-    """
-    decoder = nnx.merge(graph, params)
-    max_rows = state.last_token.shape[0]
-    tokens = jnp.where(
-        plan.token < 0, state.last_token[jnp.minimum(plan.row, max_rows - 1)], plan.token
-    )
-    table = grow(state.table, *plan.grow)
-    writer = jnp.where(plan.write, plan.row, max_rows)
-    slots = slots_of(table, writer, plan.position, grid.page_size)
-    pool = write_positions(state.pool, plan.position, slots)
-    table = advance(table, plan.row)
-    attend = paged_attend(slots, _work(grid, table, plan, max_rows), decoder.config.layer_windows())
-    hidden, pool = decoder(tokens, plan.position, pool, attend)
-    logits = decoder.logits(hidden[plan.sample])
-    position = plan.position[plan.sample] + 1
-    drawn = sample(logits, plan.temperature, plan.top_p, plan.seed, position)
-    last_token = state.last_token.at[plan.sample_row].set(drawn, mode="drop")
-    return EngineState(pool=pool, table=table, last_token=last_token), drawn
-
-
-def _work(grid: Grid, table: PageTable, plan: StepPlan[Array], max_rows: int) -> WorkList:
-    items = [Items(index=plan.singles, count=plan.num_singles, max_queries=1,
-                   max_pages=grid.split_pages)]  # fmt: skip
-    if plan.tiles.shape[0]:
-        items.append(Items(index=plan.tiles, count=plan.num_tiles, max_queries=grid.tile_queries,
-                           max_pages=grid.split_pages))  # fmt: skip
-    return WorkList(
-        items=tuple(items),
-        pages=table.pages,
-        length=table.length,
-        query_position=jnp.where(plan.row < max_rows, plan.position, -1),
-    )
-
-
-def _seat(state: EngineState, rows: Array, pages: Array, length: Array) -> EngineState:
-    return dataclasses.replace(state, table=seat(state.table, rows, pages, length))
+    id: int
+    tokens: tuple[int, ...]
+    finish_reason: str | None
+    logprobs: Logprobs | None
+    scores: Logprobs | None
 
 
 def _shardings(state: EngineState, mesh: Mesh | None) -> tuple[EngineState, NamedSharding] | None:
-    """Where the state and the drawn tokens lie: KV heads split as the model's, all else whole."""
+    """Where the state and what is drawn lie: KV heads split as the model's, all else whole."""
     if mesh is None:
         return None
 
-    def place(x: Array) -> NamedSharding:
+    def place(x: jax.Array) -> NamedSharding:
         axes = ("kv_head" if x.ndim == 5 and axis == 2 else None for axis in range(x.ndim))
         return NamedSharding(mesh, spec(tuple(axes), mesh, x.shape))
 
@@ -122,16 +60,18 @@ def _shardings(state: EngineState, mesh: Mesh | None) -> tuple[EngineState, Name
 class Engine:
     """Answers requests: plans on the host, computes on the device.
 
+    While the device computes a call, the host plans the next one and gives it to the device; only
+    then does it read what the first has drawn. So the device never waits for a plan, as long as a
+    plan takes less time than a call.
+
     Args:
         graph: of `nnx.split(decoder)`.
         params: likewise.
         model: the decoder's sizes.
-        cache: the cache's sizes.
-        grid: the planner's sizes, the same where they are the cache's too.
+        grid: the planner's sizes.
+        num_pages: of the pool.
         mesh: over which the parameters lie, with axes of type Auto; None: the default device.
-
-    Raises:
-        ValueError: cache and grid differ in what both have.
+        optimistic: whether requests are admitted that may later have to make room, see `FirstCome`.
     """
 
     def __init__(
@@ -139,74 +79,130 @@ class Engine:
         graph: nnx.GraphDef[Any],
         params: Params,
         model: DecoderConfig,
-        cache: CacheConfig,
         grid: Grid,
+        num_pages: int,
+        *,
         mesh: Mesh | None = None,
+        optimistic: bool = False,
     ) -> None:
-        for name in ("page_size", "max_rows", "pages_per_row"):
-            if getattr(cache, name) != getattr(grid, name):
-                raise ValueError(f"the cache and the grid have different {name}: {cache}, {grid}")
         self.model: DecoderConfig = model
-        self.cache: CacheConfig = cache
         self.grid: Grid = grid
+        self.cache: CacheConfig = cache_config(model, grid, num_pages)
         self._graph, self._params = graph, params
-        self._programs: dict[Bucket, Callable] = {}
-        self._seat: Callable | None = None
-        pool, table = cache.init()
-        last_token = jnp.zeros((cache.max_rows,), jnp.int32)
-        state = EngineState(pool=pool, table=table, last_token=last_token)
+        self._programs: dict[Bucket, Callable[..., tuple[EngineState, Drawn]]] = {}
+        self._give_seats: Callable[..., EngineState] | None = None
+        state = EngineState.init(*self.cache.init(), grid)
         self._shardings = _shardings(state, mesh)
         self.state: EngineState = jax.device_put(state, self._shardings and self._shardings[0])
-        self.planner: FirstCome = FirstCome(grid, PageLedger(cache.num_pages))
+        self.planner: FirstCome = FirstCome(grid, PageLedger(num_pages), optimistic=optimistic)
 
     def warm_up(self, progress: Callable[[int, int], Any] = lambda done, total: None) -> None:
         """Compiles every shape of the grid; afterwards nothing is ever compiled."""
         if self._programs:
             return
         states, _ = self._shardings or (None, None)
-        place = jax.jit(_seat, donate_argnums=0, out_shardings=states)
-        self._seat = place.lower(self.state, *self._seat_arguments([])).compile()
+        place = jax.jit(give_seats, donate_argnums=0, out_shardings=states)
         run = jax.jit(
             functools.partial(step, self._graph, self.grid),
             donate_argnums=1,
             out_shardings=self._shardings,
         )
-        lowered = {
-            bucket: run.lower(self._params, self.state, StepPlan.empty(self.grid, bucket))
-            for bucket in self.grid.buckets
-        }
-        # XLA compiles outside of the interpreter's lock: side by side where there are cores.
+        buckets = self.grid.buckets
+        progress(0, len(buckets) + 1)
+        # XLA compiles outside of the interpreter's lock: side by side where there are cores, and
+        # while the next one is traced.
         with ThreadPoolExecutor() as threads:
-            compiling = {threads.submit(low.compile): bucket for bucket, low in lowered.items()}
-            progress(0, len(compiling))
+            seats = seats_as_arrays(self.grid, self.cache.num_pages, _SEATS)
+            compiling: dict[Any, Bucket | None] = {
+                threads.submit(place.lower(self.state, *seats).compile): None
+            }
+            for bucket in buckets:
+                plan = StepPlan.empty(self.grid, bucket)
+                lowered = run.lower(self._params, self.state, plan)
+                compiling[threads.submit(lowered.compile)] = bucket
             for done, program in enumerate(as_completed(compiling), 1):
-                self._programs[compiling[program]] = program.result()
+                if (bucket := compiling[program]) is None:
+                    self._give_seats = program.result()
+                else:
+                    self._programs[bucket] = program.result()
                 progress(done, len(compiling))
 
-    def run(self) -> Iterator[list[Sampled]]:
-        """Steps until the planner has nothing left; yields what each step has sampled."""
+    def run(self) -> Iterator[list[Output]]:
+        """Computes until the planner has nothing left; yields what each call has brought.
+
+        Raises:
+            OutOfPages: a request cannot be seated, since pages are held by nobody who will end.
+        """
         if self.planner.busy:
             self.warm_up()
-        while self.planner.busy:
+        running: deque[tuple[Planned, Drawn]] = deque()
+        while self.planner.busy or running:
             planned = self.planner.plan()
-            drawn = self._compute(planned)
-            yield self.planner.accept(drawn.tolist())
+            if planned is not None:
+                running.append((planned, self._dispatch(planned)))
+            elif not running:
+                raise OutOfPages(
+                    f"{self.planner.ledger.held} of {self.planner.ledger.num_pages} pages are held "
+                    "by chats or loaded prefixes, too many for the next request: close some of "
+                    "them or raise the KV memory"
+                )
+            if planned is None or len(running) > 1:
+                yield self._receive(*running.popleft())
 
-    def _compute(self, planned: Planned) -> np.ndarray:
-        assert self._seat is not None
-        for start in range(0, len(planned.seats), _SEATS):
-            seats = list(planned.seats[start : start + _SEATS])
-            self.state = self._seat(self.state, *self._seat_arguments(seats))
-        program = self._programs[planned.bucket]
-        self.state, drawn = program(self._params, self.state, planned.step)
-        return np.asarray(drawn)
+    def _dispatch(self, planned: Planned) -> Drawn:
+        """Gives a call to the device, without waiting for it."""
+        assert self._give_seats is not None
+        with NoCompilation():
+            for start in range(0, len(planned.seats), _SEATS):
+                seats = self._seat_arguments(planned.seats[start : start + _SEATS])
+                self.state = self._give_seats(self.state, *seats)
+            program = self._programs[planned.bucket]
+            self.state, drawn = program(self._params, self.state, planned.step)
+        for array in jax.tree.leaves(_wanted(planned, drawn)):
+            array.copy_to_host_async()
+        return drawn
 
-    def _seat_arguments(
-        self, seats: list[tuple[int, list[int], int]]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        rows = np.full(_SEATS, self.grid.max_rows, np.int32)
-        pages = np.full((_SEATS, self.grid.pages_per_row), self.cache.num_pages, np.int32)
-        length = np.zeros(_SEATS, np.int32)
-        for i, (row, prefix, tokens) in enumerate(seats):
-            rows[i], length[i], pages[i, : len(prefix)] = row, tokens, prefix
-        return rows, pages, length
+    def _receive(self, planned: Planned, drawn: Drawn) -> list[Output]:
+        """Waits for a call and deals out what it brought."""
+        token, logprobs, scores = jax.tree.map(np.asarray, _wanted(planned, drawn))
+        return [_output(s, logprobs, scores) for s in self.planner.accept(planned, token)]
+
+    def _seat_arguments(self, seats: tuple[Seat, ...]) -> tuple[Any, ...]:
+        arguments = seats_as_arrays(self.grid, self.cache.num_pages, _SEATS)
+        rows, pages, length, tokens, settings = arguments
+        for i, given in enumerate(seats):
+            rows[i], length[i] = given.row, given.length
+            pages[i, : len(given.pages)] = given.pages
+            tokens[i, : given.length] = given.tokens
+            request = given.request
+            if request.sampling is not None:
+                settings_of(settings, i, request.sampling, request.stop_ids, len(request.prompt))
+        return arguments
+
+
+def cache_config(model: DecoderConfig, grid: Grid, num_pages: int) -> CacheConfig:
+    """The cache of a decoder behind a planner's sizes."""
+    return CacheConfig(
+        num_pages=num_pages, page_size=grid.page_size, num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, max_rows=grid.max_rows,
+        pages_per_row=grid.pages_per_row, dtype=model.dtype,
+    )  # fmt: skip
+
+
+def _wanted(planned: Planned, drawn: Drawn) -> tuple[Any, Any, Any]:
+    """The parts of what was drawn that somebody asked for; None for the others."""
+    scored = any(entry.scored for entry in planned.entries)
+    return (
+        drawn.token,
+        drawn.logprobs if planned.step.logprobs else None,
+        drawn.scores if scored else None,
+    )  # noqa: E501
+
+
+def _output(s: Sampled, logprobs: Logprobs | None, scores: Logprobs | None) -> Output:
+    own = scored = None
+    if logprobs is not None and s.tokens:
+        own = Logprobs(*(x[: len(s.tokens), s.column] for x in logprobs))
+    if scores is not None and s.scored is not None:
+        scored = Logprobs(*(x[slice(*s.scored)] for x in scores))
+    return Output(s.id, s.tokens, s.finish_reason, own, scored)

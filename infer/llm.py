@@ -2,60 +2,30 @@
 
 import dataclasses
 import importlib.resources
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from kvjax.cache import CacheConfig
+from kvjax.cache import OutOfPages
 from kvjax.errors import InputError
+from kvjax.infer.answers import Answer, Chunk, Completion
+from kvjax.infer.compilations import keep_compilations
 from kvjax.infer.engine import Engine
-from kvjax.infer.sampling import SamplingParams
+from kvjax.infer.sampling import MAX_STOP_IDS, SamplingParams
+from kvjax.infer.sizes import choose_grid, choose_num_pages
 from kvjax.models import hf
 from kvjax.models.tokenizer import TextStream, Tokenizer, named_ids
-from kvjax.plan import Grid, Request, Sampled
+from kvjax.plan import Request
 
-__all__ = ["BUILT_IN_MODELS", "LLM", "Chunk", "Completion", "Prompt", "find_model"]
+__all__ = ["BUILT_IN_MODELS", "LLM", "Prompt", "find_model"]
 
 BUILT_IN_MODELS = ("tiny",)
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
 """Text, token ids, or the messages of a chat ({"role": ..., "content": ...})."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Completion:
-    """An answer.
-
-    Attributes:
-        text: without special tokens.
-        token_ids: what was generated, the end token included.
-        finish_reason: "stop" or "length".
-        prompt_tokens: how many tokens the prompt had.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    prompt_tokens: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """A piece of an answer as it is generated.
-
-    Attributes:
-        index: which prompt of the call.
-        text: what is new; may be empty where a token ends within a character.
-        completion: the whole answer, with its last piece.
-    """
-
-    index: int
-    text: str
-    completion: Completion | None
 
 
 def find_model(model: str | Path) -> Path:
@@ -99,10 +69,15 @@ class LLM:
         max_length: int | None = None,
         max_rows: int = 64,
         page_size: int = 16,
-        token_budget: int = 512,
+        token_budget: int | None = None,
+        decode_steps: int = 8,
+        optimistic: bool = False,
         mesh: jax.sharding.Mesh | None = None,
     ) -> "LLM":
         """Loads a model.
+
+        Compiled programs are kept in the user's cache folder, see
+        `kvjax.infer.compilations.keep_compilations`.
 
         Args:
             model: a Hugging Face folder (config.json, tokenizer.json, *.safetensors), a finished
@@ -115,27 +90,29 @@ class LLM:
                 model was made for, but at most 8192.
             max_rows: requests that are answered at the same time.
             page_size: tokens of a page.
-            token_budget: the most tokens that a step computes, prompts' chunks included.
+            token_budget: the most tokens that a step computes, prompts' chunks included; None: 512
+                on the CPU, 4096 on accelerators.
+            decode_steps: the most tokens of a request that one call of the device draws; answers
+                are streamed in pieces of so many.
+            optimistic: begin requests before it is sure that memory lasts for all of them. More
+                run at a time; where memory ends, the youngest wait and compute their tokens again.
             mesh: splits weights and heads over its devices, see `kvjax.sharding`; None: the default
                 device.
 
         Raises:
             InputError: something in the folder cannot be used, or the memory is too little.
         """
+        keep_compilations()
         folder = find_model(model)
         hf.read_config(folder)  # first of all: the plainest thing that may be wrong
         tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
         eos_ids = tokenizer.eos_ids if tokenizer else named_ids(folder, "eos")
         graph, params, config = hf.load(folder, dtype=dtype, mesh=mesh)
         length = min(max_length or 8192, config.max_positions)
-        grid = _grid(length, max_rows, page_size, token_budget)
-        cache = CacheConfig(
-            num_pages=1, page_size=page_size, num_layers=config.num_layers,
-            num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, max_rows=max_rows,
-            pages_per_row=grid.pages_per_row, dtype=config.dtype,
-        )  # fmt: skip
-        cache = dataclasses.replace(cache, num_pages=_num_pages(cache, kv_memory))
-        return LLM(Engine(graph, params, config, cache, grid, mesh), tokenizer, eos_ids)
+        grid = choose_grid(length, max_rows, page_size, token_budget, decode_steps)
+        num_pages = choose_num_pages(config, grid, kv_memory)
+        engine = Engine(graph, params, config, grid, num_pages, mesh=mesh, optimistic=optimistic)
+        return LLM(engine, tokenizer, eos_ids)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt],
@@ -148,13 +125,14 @@ class LLM:
             params: for all, or one for each.
 
         Returns:
-            The completions, in the order of the prompts.
+            The completions, in the order of the prompts; `n` of each, after each other.
 
         Raises:
             InputError: a prompt cannot be answered; none was begun.
         """
-        done = {c.index: c.completion for c in self.stream(prompts, params) if c.completion}
-        return [done[index] for index in sorted(done)]
+        chunks = self.stream(prompts, params)
+        done = {(c.index, c.choice): c.completion for c in chunks if c.completion}
+        return [done[key] for key in sorted(done)]
 
     def stream(
         self, prompts: Prompt | Sequence[Prompt],
@@ -173,16 +151,18 @@ class LLM:
         else:
             each = [params or SamplingParams()] * len(many)
         requests = [
-            self._request(prompt, p, index)
+            self._request(index, choice, ids, p)
             for index, (prompt, p) in enumerate(zip(many, each, strict=True))
+            for ids in [self.check(prompt, p)]
+            for choice in range(p.n)
         ]
         return self._run(requests)
 
-    def check(self, prompt: Prompt) -> tuple[int, ...]:
+    def check(self, prompt: Prompt, params: SamplingParams | None = None) -> tuple[int, ...]:
         """The tokens of a prompt.
 
         Raises:
-            InputError: it can never be answered.
+            InputError: it can never be answered, or not in this way.
         """
         ids = tuple(self._tokens(prompt))
         capacity = self.engine.planner.capacity
@@ -194,8 +174,13 @@ class LLM:
                 "shorten it, or raise the maximum length or the KV memory"
             )
         last = self.engine.model.vocab_size - 1
-        if min(ids) < 0 or max(ids) > last:
-            raise InputError(f"the prompt has token ids outside of 0..{last}")
+        for what, tokens in (("the prompt", ids), *_named_tokens(params or SamplingParams())):
+            if tokens and (min(tokens) < 0 or max(tokens) > last):
+                raise InputError(f"{what} has token ids outside of 0..{last}")
+        if params and params.stop and self.tokenizer is None:
+            raise InputError("the model's folder has no tokenizer.json: give stop_ids, not stop")
+        if params and len(self._stop_ids(params)) > MAX_STOP_IDS:
+            raise InputError(f"more than {MAX_STOP_IDS} tokens may end an answer: name fewer")
         return ids
 
     def _tokens(self, prompt: Prompt) -> Sequence[int]:
@@ -208,90 +193,57 @@ class LLM:
             return self.tokenizer.encode(prompt)
         return self.tokenizer.encode_chat(prompt)  # pyright: ignore[reportArgumentType]
 
-    def _request(self, prompt: Prompt, params: SamplingParams, index: int) -> Request:
+    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
+        own = frozenset() if params.ignore_eos else self.eos_ids
+        return own | frozenset(params.stop_ids)
+
+    def _request(
+        self, index: int, choice: int, prompt: tuple[int, ...], params: SamplingParams
+    ) -> tuple[Request, Answer]:
         self._next_id += 1
-        return Request(
+        seed = index * params.n if params.seed is None else params.seed
+        params = dataclasses.replace(params, seed=(seed + choice) % 2**32)
+        capacity = self.engine.planner.capacity
+        # The prompt's scores are its first answer's: the others would only compute them again.
+        score_from = 1 if params.prompt_logprobs is not None and choice == 0 else None
+        request = Request(
             id=self._next_id,
-            prompt=self.check(prompt),
-            max_tokens=params.max_tokens or self.engine.planner.capacity,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            seed=index if params.seed is None else params.seed,
-            stop_ids=frozenset() if params.ignore_eos else self.eos_ids,
+            prompt=prompt,
+            max_tokens=capacity if params.max_tokens is None else params.max_tokens,
+            stop_ids=self._stop_ids(params),
+            score_from=score_from,
+            logprobs=params.logprobs is not None,
+            sampling=params,
         )
+        stream = self.tokenizer.stream() if self.tokenizer else TextStream(lambda ids: "")
+        return request, Answer(index, choice, prompt, params, stream, score_from)
 
-    def _text_stream(self) -> TextStream:
-        return self.tokenizer.stream() if self.tokenizer else TextStream(lambda ids: "")
-
-    def _run(self, requests: list[Request]) -> Iterator[Chunk]:
-        answers = {
-            request.id: _Answer(index, len(request.prompt), self._text_stream())
-            for index, request in enumerate(requests)
-        }
-        if self.engine.planner.busy:
+    def _run(self, requests: list[tuple[Request, Answer]]) -> Iterator[Chunk]:
+        planner = self.engine.planner
+        if planner.busy:
             raise InputError("an earlier stream of this model is unfinished: end or close it first")
-        for request in requests:
-            self.engine.planner.add(request)
+        answers = {request.id: answer for request, answer in requests}
+        for request, _ in requests:
+            planner.add(request)
         try:
-            for sampled in self.engine.run():
-                yield from (answers[token.id].add(token) for token in sampled)
+            for outputs in self.engine.run():
+                for output in outputs:
+                    chunk = answers[output.id].add(output)
+                    if chunk.completion and not output.finish_reason:
+                        planner.cancel([output.id])  # a text ended it, which only we can see
+                    yield chunk
+        except OutOfPages as e:
+            raise InputError(str(e)) from e
         finally:
-            self.engine.planner.cancel(answers.keys())
+            planner.cancel(answers.keys())
 
 
-@dataclasses.dataclass(eq=False)
-class _Answer:
-    index: int
-    prompt_tokens: int
-    stream: TextStream
-    token_ids: list[int] = dataclasses.field(default_factory=list)
-    pieces: list[str] = dataclasses.field(default_factory=list)
-
-    def add(self, sampled: Sampled) -> Chunk:
-        self.token_ids.append(sampled.token)
-        text = self.stream.push(sampled.token)
-        if sampled.finish_reason:
-            text += self.stream.flush()
-        self.pieces.append(text)
-        completion = None
-        if sampled.finish_reason:
-            completion = Completion(
-                text="".join(self.pieces), token_ids=tuple(self.token_ids),
-                finish_reason=sampled.finish_reason, prompt_tokens=self.prompt_tokens,
-            )  # fmt: skip
-        return Chunk(index=self.index, text=text, completion=completion)
+def _named_tokens(params: SamplingParams) -> Iterator[tuple[str, Sequence[int]]]:
+    yield "stop_ids", params.stop_ids
+    yield "logit_bias", tuple(params.logit_bias)
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | Mapping)):
         return [prompts]  # pyright: ignore[reportReturnType]
     return list(prompts)  # pyright: ignore[reportReturnType]
-
-
-def _grid(length: int, max_rows: int, page_size: int, token_budget: int) -> Grid:
-    budget = max(token_budget, max_rows)
-    return Grid(
-        page_size=page_size,
-        max_rows=max_rows,
-        pages_per_row=math.ceil(length / page_size),
-        row_buckets=tuple(sorted({n for n in (1, 8) if n < max_rows} | {max_rows})),
-        token_buckets=tuple(sorted({min(budget, max(64, max_rows)), budget})),
-        split_pages=max(1, 256 // page_size),
-    )
-
-
-def _num_pages(cache: CacheConfig, kv_memory: int | None) -> int:
-    """As many pages as fit in the memory, but no more than all rows can hold."""
-    platform, most = jax.default_backend(), cache.max_rows * cache.pages_per_row
-    page, fixed = cache.page_bytes(platform), cache.nbytes(platform) - cache.page_bytes(platform)
-    if kv_memory is None:
-        stats = jax.local_devices()[0].memory_stats()
-        kv_memory = 2**30
-        if stats and "bytes_limit" in stats:
-            kv_memory = int(0.9 * (stats["bytes_limit"] - stats["bytes_in_use"]))
-    if kv_memory < fixed + page:
-        raise InputError(
-            f"{kv_memory} bytes of KV memory hold no page: a page of this model needs {page} bytes "
-            f"and the table {fixed}; raise the KV memory or lower the rows"
-        )
-    return min(most, (kv_memory - fixed) // page)

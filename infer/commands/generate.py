@@ -11,9 +11,10 @@ from typing import Annotated
 import tyro
 
 from kvjax.errors import InputError
+from kvjax.infer.answers import Completion
 from kvjax.infer.commands.shared import ModelOptions, parse_arguments, warm_up
 from kvjax.infer.compilations import CompilationCount
-from kvjax.infer.llm import LLM, Completion, Prompt
+from kvjax.infer.llm import LLM, Prompt
 from kvjax.infer.sampling import SamplingParams
 
 __all__ = ["Generate", "main"]

@@ -7,7 +7,8 @@ tokens always share their full pages, however they came to be; with one token a 
 held are exactly the distinct prefixes of the live branches (Saffron-1, section 4.3).
 
 A token's page is indexed when the token is given to `extend`, which its caller must do in the same
-order as the device writes: whoever finds a page may then read it in the same step.
+order as the device writes: whoever finds a page may then read it in the same step. Where the device
+draws tokens that the host learns later, `reserve` gives them room and `settle` says what they were.
 """
 
 import dataclasses
@@ -28,11 +29,15 @@ class _Node:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Branch:
-    """One sequence: its tokens and the pages that hold them, in order. Read it, do not write it."""
+    """One sequence: its tokens and the pages that hold them, in order. Read it, do not write it.
+
+    Pages beyond those of its tokens were reserved for tokens to come.
+    """
 
     tokens: list[int] = dataclasses.field(default_factory=list)
     pages: list[int] = dataclasses.field(default_factory=list)
-    _nodes: list[_Node] = dataclasses.field(default_factory=list)  # one per full page
+    _nodes: list[_Node] = dataclasses.field(default_factory=list)  # one per full page, until
+    _private: bool = False  # a page has a twin: from there on its pages are its own
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -75,7 +80,7 @@ class PrefixTrie:
             How many of `tokens` were found: whole pages, and only if the branch ends with one.
         """
         size, found = self.page_size, 0
-        if len(branch) % size:
+        if len(branch.pages) * size != len(branch) or branch._private:
             return 0
         node = branch._nodes[-1] if branch._nodes else self._root
         while found + size <= len(tokens):
@@ -99,8 +104,9 @@ class PrefixTrie:
 
     def fork(self, branch: Branch) -> Branch:
         """A second branch with the same tokens and pages, a partly filled last one included."""
-        self.ledger.hold(branch.pages)
-        return Branch(list(branch.tokens), list(branch.pages), list(branch._nodes))
+        pages = branch.pages[: -(-len(branch) // self.page_size)]
+        self.ledger.hold(pages)
+        return Branch(list(branch.tokens), pages, list(branch._nodes), branch._private)
 
     def extend(self, branch: Branch, tokens: Sequence[int]) -> Extension:
         """Appends tokens, in shared pages where they are indexed, else in new ones.
@@ -118,12 +124,35 @@ class PrefixTrie:
             self.truncate(branch, length)
             raise
         branch.tokens.extend(tokens[matched:])
-        for depth in range(len(branch._nodes), len(branch) // self.page_size):
-            if self._index(branch, depth):
+        for depth in self._unindexed(branch):
+            if not self._index(branch, depth):
+                self._adopt(branch, depth)
                 matched = (depth + 1) * self.page_size - length
         if copies and copies[0][1] != branch.pages[length // self.page_size]:
             copies = ()  # the filled page had a twin: the copy's page is free again
         return Extension(matched, copies)
+
+    def reserve(self, branch: Branch, n: int) -> tuple[tuple[int, int], ...]:
+        """Makes room for `n` tokens after its last, whatever they will be; says what to copy.
+
+        Raises:
+            OutOfPages: the branch is as it was.
+        """
+        return self._make_room(branch, n)
+
+    def settle(self, branch: Branch, tokens: Sequence[int]) -> None:
+        """Says which tokens were written where `reserve` made room.
+
+        Their pages stay where they are: one that turns out to have a twin is not indexed, nor is
+        what follows it.
+        """
+        branch.tokens.extend(tokens)
+        if len(branch.pages) * self.page_size < len(branch):
+            raise ValueError(f"{len(branch)} tokens in {len(branch.pages)} pages: reserve first")
+        for depth in self._unindexed(branch):
+            if not self._index(branch, depth):
+                branch._private = True
+                break
 
     def truncate(self, branch: Branch, length: int) -> None:
         """Forgets the tokens from `length` on and gives up the pages beyond."""
@@ -133,6 +162,7 @@ class PrefixTrie:
         self.ledger.release(branch.pages[pages:])
         del branch.tokens[length:], branch.pages[pages:]
         del branch._nodes[length // self.page_size :]
+        branch._private = branch._private and len(branch._nodes) < length // self.page_size
 
     def release(self, branch: Branch) -> None:
         """Gives up a branch and all its pages; full ones stay findable until they are needed."""
@@ -142,38 +172,51 @@ class PrefixTrie:
         """Takes pages for n more tokens; the last page is copied unless only we can see it."""
         if n == 0:
             return ()
+        last = len(branch) // self.page_size  # the entry of the partly filled page, if there is one
         partial = len(branch) % self.page_size > 0
-        shared = partial and not self._is_private(branch.pages[-1])
-        new = -(-(len(branch) + n) // self.page_size) - len(branch.pages)
+        shared = partial and not self._is_private(branch.pages[last])
+        new = max(0, -(-(len(branch) + n) // self.page_size) - len(branch.pages))
         pages = self.ledger.take(new + shared)
         copies: tuple[tuple[int, int], ...] = ()
         if shared:
-            copies = ((branch.pages[-1], pages[0]),)
-            self.ledger.release([branch.pages[-1]])
-            branch.pages[-1] = pages[0]
+            copies = ((branch.pages[last], pages[0]),)
+            self.ledger.release([branch.pages[last]])
+            branch.pages[last] = pages[0]
         branch.pages.extend(pages[shared:])
         return copies
 
     def _is_private(self, page: int) -> bool:
         return self.ledger.count(page) == 1 and page not in self._node_of
 
-    def _index(self, branch: Branch, depth: int) -> bool:
-        """Makes a page that has become full findable, or takes its twin; says if there was one."""
+    def _unindexed(self, branch: Branch) -> range:
+        """The full pages of a branch that have no node yet."""
+        full = len(branch) // self.page_size
+        return range(full if branch._private else len(branch._nodes), full)
+
+    def _parent_and_key(self, branch: Branch, depth: int) -> tuple[_Node, tuple[int, ...]]:
         start = depth * self.page_size
         key = tuple(branch.tokens[start : start + self.page_size])
-        parent = branch._nodes[-1] if branch._nodes else self._root
-        twin = parent.children.get(key)
-        if twin is None:
-            node = _Node(parent, key, branch.pages[depth])
-            parent.children[key] = self._node_of[node.page] = node
-            self.ledger.index(node.page)
-            branch._nodes.append(node)
+        return branch._nodes[-1] if branch._nodes else self._root, key
+
+    def _index(self, branch: Branch, depth: int) -> bool:
+        """Makes a page that has become full findable, unless it has a twin."""
+        parent, key = self._parent_and_key(branch, depth)
+        if key in parent.children:
             return False
+        node = _Node(parent, key, branch.pages[depth])
+        parent.children[key] = self._node_of[node.page] = node
+        self.ledger.index(node.page)
+        branch._nodes.append(node)
+        return True
+
+    def _adopt(self, branch: Branch, depth: int) -> None:
+        """Takes the twin of a page instead of it."""
+        parent, key = self._parent_and_key(branch, depth)
+        twin = parent.children[key]
         self.ledger.hold([twin.page])
         self.ledger.release([branch.pages[depth]])
         branch.pages[depth] = twin.page
         branch._nodes.append(twin)
-        return True
 
     @staticmethod
     def _append(branch: Branch, node: _Node) -> None:

@@ -1,6 +1,7 @@
 """What a planner hands to the engine's step: arrays of a few declared shapes.
 
-Letters: T tokens of a step, B sampled rows, I work items, P tokens a page, M pages a row may hold.
+Letters: T tokens of a step, B rows that draw, I work items, P tokens a page, M pages a row may
+hold, S steps that one call may run.
 """
 
 import dataclasses
@@ -17,7 +18,10 @@ A = TypeVar("A")
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Bucket:
-    """One compiled shape: T tokens, B sampled rows, and whether a row may bring a chunk."""
+    """One compiled shape: T tokens, B rows that draw, and whether a row may bring a chunk.
+
+    Without chunks every row brings one token, and one call may run several steps.
+    """
 
     tokens: int
     rows: int
@@ -36,6 +40,7 @@ class Grid:
         token_buckets: sizes of steps with prompt chunks, ascending; the last is the token budget.
         split_pages: a work item spans at most so many pages, counted from the row's start.
         tile_queries: a work item of a chunk spans at most so many queries.
+        decode_steps: S, the most steps of a call in which every row brings one token.
     """
 
     page_size: int = 16
@@ -45,6 +50,7 @@ class Grid:
     token_buckets: tuple[int, ...] = (64, 512)
     split_pages: int = 16
     tile_queries: int = 32
+    decode_steps: int = 8
 
     def __post_init__(self) -> None:
         for name in ("row_buckets", "token_buckets"):
@@ -55,6 +61,11 @@ class Grid:
             raise ValueError(f"the last of {self.row_buckets=} must be {self.max_rows=}")
         if self.token_buckets[-1] < self.max_rows:
             raise ValueError(f"the last of {self.token_buckets=} must be {self.max_rows=} or more")
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a row's pages can hold."""
+        return self.pages_per_row * self.page_size
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
@@ -74,25 +85,32 @@ class Grid:
         tiles = bucket.tokens // self.tile_queries + min(bucket.tokens // 2, self.max_rows)
         return bucket.rows * splits, tiles * splits
 
+    def room_for_entries(self, bucket: Bucket) -> int:
+        """The most table entries that a step may set."""
+        if bucket.chunks:
+            return bucket.tokens
+        return bucket.rows * ((self.decode_steps + self.page_size - 2) // self.page_size + 1)
+
 
 class StepPlan(NamedTuple, Generic[A]):
-    """One step as data. Unused places hold what the device drops.
+    """One call of the step as data. Unused places hold what the device drops.
 
     Attributes:
-        token: int32[T], -1: the token that the row sampled last, which is on the device.
+        token: int32[T], -1: the token that the row drew last, which is on the device.
         position: int32[T] true positions.
         row: int32[T] seat of each token; `max_rows` where there is none.
         write: bool[T], whether its key and value are written: not if they are there already.
-        grow: int32[3, T]: row, entry, page: the table's new entries, made before anything else.
+        grow: int32[3, n]: row, entry, page: the table's new entries, made before anything else.
         singles: int32[I, 5] work items of rows that bring one token.
         num_singles: int32 scalar.
         tiles: int32[I', 5] work items of rows that bring a chunk.
         num_tiles: int32 scalar.
         sample: int32[B], the place among the T tokens whose successor is drawn.
         sample_row: int32[B], `max_rows` where there is none.
-        temperature: float32[B], 0: the likeliest token.
-        top_p: float32[B].
-        seed: uint32[B].
+        room: int32[B], how many tokens the row may draw in this call.
+        steps: int32 scalar, how many the call runs; more than 1 only without chunks.
+        target: int32[T], the token whose log-probability is wanted after this one; -1: none.
+        logprobs: bool scalar, whether log-probabilities of drawn tokens are wanted.
     """
 
     token: A
@@ -106,31 +124,34 @@ class StepPlan(NamedTuple, Generic[A]):
     num_tiles: A
     sample: A
     sample_row: A
-    temperature: A
-    top_p: A
-    seed: A
+    room: A
+    steps: A
+    target: A
+    logprobs: A
 
     @staticmethod
     def empty(grid: Grid, bucket: Bucket) -> "StepPlan[Array]":
         """A step that does nothing; also the shapes and dtypes to compile for."""
         tokens, rows = bucket.tokens, bucket.rows
         singles, tiles = grid.room_for_items(bucket)
-        nobody = np.full(tokens, grid.max_rows, np.int32)
+        grow = np.zeros((3, grid.room_for_entries(bucket)), np.int32)
+        grow[0] = grid.max_rows
         return StepPlan(
             token=np.zeros(tokens, np.int32),
             position=np.zeros(tokens, np.int32),
-            row=nobody,
+            row=np.full(tokens, grid.max_rows, np.int32),
             write=np.zeros(tokens, np.bool_),
-            grow=np.stack([nobody, np.zeros_like(nobody), np.zeros_like(nobody)]),
+            grow=grow,
             singles=np.zeros((singles, 5), np.int32),
             num_singles=np.zeros((), np.int32),
             tiles=np.zeros((tiles, 5), np.int32),
             num_tiles=np.zeros((), np.int32),
             sample=np.zeros(rows, np.int32),
             sample_row=np.full(rows, grid.max_rows, np.int32),
-            temperature=np.zeros(rows, np.float32),
-            top_p=np.ones(rows, np.float32),
-            seed=np.zeros(rows, np.uint32),
+            room=np.zeros(rows, np.int32),
+            steps=np.ones((), np.int32),
+            target=np.full(tokens, -1, np.int32),
+            logprobs=np.zeros((), np.bool_),
         )
 
 
@@ -140,10 +161,11 @@ class Run(NamedTuple):
     Attributes:
         row: its seat.
         start: the true position of the first token.
-        tokens: the tokens, or [-1] for the one that it sampled last.
+        tokens: the tokens, or [-1] for the one that it drew last.
         stored: how many of them, from the first on, are in shared pages already.
-        pages: all pages of the row once the tokens are in.
-        draws: (temperature, top_p, seed) if the successor of the last token is drawn, else None.
+        pages: all pages of the row, with those of tokens drawn and brought in the same call.
+        draws: how many tokens it draws in this call.
+        targets: what to score, beginning with the first token's successor.
     """
 
     row: int
@@ -151,7 +173,8 @@ class Run(NamedTuple):
     tokens: list[int]
     stored: int
     pages: list[int]
-    draws: tuple[float, float, int] | None
+    draws: int
+    targets: list[int]
 
 
 def cut_items(rows: Array, pages: Array, first: Array, end: Array, split: int) -> Array:
@@ -177,49 +200,64 @@ def cut_items(rows: Array, pages: Array, first: Array, end: Array, split: int) -
     )
 
 
-def pack(runs: list[Run], grid: Grid) -> tuple[Bucket, StepPlan[Array]]:
+def pack(runs: list[Run], grid: Grid, steps: int = 1) -> tuple[Bucket, StepPlan[Array]]:
     """Lays runs out in the smallest bucket that holds them, in the order given."""
     counts = np.array([len(run.tokens) for run in runs])
-    bucket = grid.bucket(int(counts.sum()), chunks=bool(counts.max() > 1))
-    plan = StepPlan.empty(grid, bucket)
+    starts = np.array([run.start for run in runs])
+    rows = np.array([run.row for run in runs])
     ends = np.cumsum(counts)
-    drawn = 0
+    total = int(ends[-1])
+    chunks = bool(counts.max() > 1) or any(run.targets for run in runs)
+    bucket = grid.bucket(total, chunks)
+    plan = StepPlan.empty(grid, bucket)
+    plan.token[:total] = np.concatenate([run.tokens for run in runs])
+    within = np.arange(total) - np.repeat(ends - counts, counts)
+    plan.position[:total] = np.repeat(starts, counts) + within
+    plan.row[:total] = np.repeat(rows, counts)
+    plan.write[:total] = within >= np.repeat([run.stored for run in runs], counts)
     for run, end in zip(runs, ends.tolist(), strict=True):
-        n = len(run.tokens)
-        place = slice(end - n, end)
-        plan.token[place] = run.tokens
-        plan.position[place] = np.arange(run.start, run.start + n)
-        plan.row[place] = run.row
-        plan.write[place.start + run.stored : end] = True
-        # The pages from the one that the first token falls in may be new; never more than n.
-        entries = range(run.start // grid.page_size, len(run.pages))
-        grow = slice(end - n, end - n + len(entries))
-        plan.grow[0, grow], plan.grow[1, grow] = run.row, entries
-        plan.grow[2, grow] = run.pages[entries.start :]
-        if run.draws is not None:
-            plan.sample[drawn], plan.sample_row[drawn] = end - 1, run.row
-            plan.temperature[drawn], plan.top_p[drawn], plan.seed[drawn] = run.draws
-            drawn += 1
-    _fill_items(plan, runs, counts, ends, grid)
+        if run.targets:
+            first = end - len(run.tokens)
+            plan.target[first : first + len(run.targets)] = run.targets
+    draws = np.array([run.draws for run in runs])
+    drawn = np.flatnonzero(draws)
+    plan.sample[: len(drawn)], plan.sample_row[: len(drawn)] = ends[drawn] - 1, rows[drawn]
+    plan.room[: len(drawn)], plan.steps[...] = draws[drawn], steps
+    _fill_entries(plan, runs, grid)
+    reach = starts + counts + np.maximum(draws - 1, 0)
+    _fill_items(plan, rows, starts, counts, ends, reach, grid)
     return bucket, plan
 
 
+def _fill_entries(plan: StepPlan[Array], runs: list[Run], grid: Grid) -> None:
+    """The pages from the one that a run's first token falls in may be new to the table."""
+    first = [run.start // grid.page_size for run in runs]
+    new = [run.pages[entry:] for run, entry in zip(runs, first, strict=True)]
+    counts = np.array([len(pages) for pages in new])
+    total = int(counts.sum())
+    within = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
+    plan.grow[0, :total] = np.repeat([run.row for run in runs], counts)
+    plan.grow[1, :total] = np.repeat(first, counts) + within
+    plan.grow[2, :total] = [page for pages in new for page in pages]
+
+
 def _fill_items(
-    plan: StepPlan[Array], runs: list[Run], counts: Array, ends: Array, grid: Grid
-) -> None:
-    rows = np.array([run.row for run in runs])
-    starts = np.array([run.start for run in runs])
+    plan: StepPlan[Array], rows: Array, starts: Array, counts: Array, ends: Array, reach: Array,
+    grid: Grid,
+) -> None:  # fmt: skip
+    """Work items; `reach` is how long each row is when the call ends."""
     # A chunk is cut into tiles; a tile reads the pages up to its own last query.
     tiles = -(-counts // grid.tile_queries)
-    which = np.repeat(np.arange(len(runs)), tiles)
+    which = np.repeat(np.arange(len(rows)), tiles)
     offset = (
         np.arange(len(which)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
     ) * grid.tile_queries
     last = np.minimum(offset + grid.tile_queries, counts[which])
     first = (ends - counts)[which]
-    pages = -(-(starts[which] + last) // grid.page_size)
-    index = (rows[which], pages, first + offset, first + last)
     single = counts[which] == 1
+    length = np.where(single, reach[which], starts[which] + last)
+    pages = -(-length // grid.page_size)
+    index = (rows[which], pages, first + offset, first + last)
     for chosen, room, count in (
         (single, plan.singles, plan.num_singles),
         (~single, plan.tiles, plan.num_tiles),

@@ -1,0 +1,52 @@
+"""The engine's static sizes: which shapes are compiled, and how many pages fit in memory."""
+
+import math
+
+import jax
+
+from kvjax.errors import InputError
+from kvjax.infer.engine import cache_config
+from kvjax.models.decoder import DecoderConfig
+from kvjax.plan import Grid
+
+__all__ = ["choose_grid", "choose_num_pages"]
+
+
+def choose_grid(
+    length: int, max_rows: int, page_size: int, token_budget: int | None, decode_steps: int
+) -> Grid:
+    """Few shapes, since each is a program to compile, for sequences of `length` tokens."""
+    if token_budget is None:
+        token_budget = 512 if jax.default_backend() == "cpu" else 4096
+    budget = max(token_budget, max_rows)
+    return Grid(
+        page_size=page_size,
+        max_rows=max_rows,
+        pages_per_row=math.ceil(length / page_size),
+        row_buckets=tuple(sorted({n for n in (1, 8) if n < max_rows} | {max_rows})),
+        token_buckets=tuple(sorted({min(budget, max(64, max_rows)), budget})),
+        split_pages=max(1, 256 // page_size),
+        decode_steps=decode_steps,
+    )
+
+
+def choose_num_pages(model: DecoderConfig, grid: Grid, kv_memory: int | None) -> int:
+    """As many pages as fit in `kv_memory` bytes, but no more than all rows can hold.
+
+    Raises:
+        InputError: not one fits.
+    """
+    platform, most = jax.default_backend(), grid.max_rows * grid.pages_per_row
+    cache = cache_config(model, grid, num_pages=1)
+    page, fixed = cache.page_bytes(platform), cache.nbytes(platform) - cache.page_bytes(platform)
+    if kv_memory is None:
+        stats = jax.local_devices()[0].memory_stats()
+        kv_memory = 2**30
+        if stats and "bytes_limit" in stats:
+            kv_memory = int(0.9 * (stats["bytes_limit"] - stats["bytes_in_use"]))
+    if kv_memory < fixed + page:
+        raise InputError(
+            f"{kv_memory} bytes of KV memory hold no page: a page of this model needs {page} bytes "
+            f"and the table {fixed}; raise the KV memory or lower the rows"
+        )
+    return min(most, (kv_memory - fixed) // page)

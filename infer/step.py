@@ -1,0 +1,259 @@
+"""The engine's step: pure device functions, compiled once for each declared shape.
+
+Letters: T tokens of a step, B rows that draw, Z seats, S steps that one call may run, V vocabulary.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kvjax.cache import KVPool, PageTable, advance, grow, seat, slots_of, write_positions
+from kvjax.infer.draw import Logprobs, RowSettings, draw, logprobs_of
+from kvjax.infer.sampling import MAX_LOGPROBS
+from kvjax.models.attention import paged_attend
+from kvjax.models.decoder import Decoder
+from kvjax.pallas_kernels.page_attention import Items, WorkList
+from kvjax.plan import Grid, StepPlan
+
+__all__ = ["Drawn", "EngineState", "Params", "give_seats", "step"]
+
+Array = jax.Array
+Params = nnx.State[Any, Any]
+
+# Tokens of a prompt that are scored at a time: their logits, [64, V], bound the memory.
+_SCORED_AT_ONCE = 64
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineState:
+    """All that lives on the device between steps.
+
+    Attributes:
+        pool: the pages.
+        table: the rows' pages.
+        last_token: int32[Z], the token that each row drew last.
+        history: int32[Z, M * P], the rows' tokens by true position, as far as they are computed.
+        settings: what the rows asked for.
+    """
+
+    pool: KVPool
+    table: PageTable
+    last_token: Array
+    history: Array
+    settings: RowSettings
+
+    @staticmethod
+    def init(pool: KVPool, table: PageTable, grid: Grid) -> "EngineState":
+        """The state in which nobody is seated."""
+        return EngineState(
+            pool=pool,
+            table=table,
+            last_token=jnp.zeros((grid.max_rows,), jnp.int32),
+            history=jnp.zeros((grid.max_rows, grid.max_length), jnp.int32),
+            settings=jax.tree.map(jnp.asarray, RowSettings.empty(grid.max_rows)),
+        )
+
+
+class Drawn(NamedTuple):
+    """What a call brings back.
+
+    Attributes:
+        token: int32[S, B] in the plan's order, -1 after a row's last one.
+        logprobs: of these tokens, [S, B, ...]; zeros unless the plan asks for them.
+        scores: of the plan's targets, [T, ...]; zeros unless it has any.
+    """
+
+    token: Array
+    logprobs: Logprobs
+    scores: Logprobs
+
+
+def give_seats(
+    state: EngineState, rows: Array, pages: Array, length: Array, tokens: Array,
+    settings: RowSettings,
+) -> EngineState:  # fmt: skip
+    """Seats requests on the pages of their beginnings.
+
+    Args:
+        state: donate it.
+        rows: int32[n]; Z and above are dropped.
+        pages: int32[n, M].
+        length: int32[n], tokens in these pages.
+        tokens: int32[n, M * P], which they are.
+        settings: of these n rows.
+    """
+    return dataclasses.replace(
+        state,
+        table=seat(state.table, rows, pages, length),
+        history=state.history.at[rows].set(tokens, mode="drop"),
+        settings=jax.tree.map(
+            lambda old, new: old.at[rows].set(new, mode="drop"), state.settings, settings
+        ),
+    )
+
+
+def step(
+    graph: nnx.GraphDef[Any], grid: Grid, params: Params, state: EngineState, plan: StepPlan[Array]
+) -> tuple[EngineState, Drawn]:
+    """Computes a plan: writes its tokens' keys and values, attends, draws the next tokens.
+
+    With chunks of prompts it is one step. Without, every row brings a token, and up to `plan.steps`
+    steps follow each other without the host: a row drops out when it draws a token that ends it or
+    has no room left, and the call ends when no row is left.
+
+    Args:
+        graph: of the decoder; static.
+        grid: static.
+        params: of the decoder.
+        state: donate it.
+        plan: of one of the grid's shapes.
+    """
+    decoder = nnx.merge(graph, params)
+    state = dataclasses.replace(state, table=grow(state.table, *plan.grow))
+    if plan.tiles.shape[0]:
+        return _chunk_step(decoder, grid, state, plan)
+    return _decode_steps(decoder, grid, state, plan)
+
+
+def _chunk_step(
+    decoder: Decoder, grid: Grid, state: EngineState, plan: StepPlan[Array]
+) -> tuple[EngineState, Drawn]:
+    tokens = _tokens(state, plan)
+    state, hidden = _compute(decoder, grid, state, plan, tokens, plan.position, plan.row)
+    state, token, logprobs = _draw(decoder, state, plan, hidden, plan.position)
+    one = jax.tree.map(lambda x: x[None], (token, logprobs))
+    return state, Drawn(*one, scores=_score(decoder, plan, hidden))
+
+
+def _decode_steps(
+    decoder: Decoder, grid: Grid, state: EngineState, plan: StepPlan[Array]
+) -> tuple[EngineState, Drawn]:
+    max_rows, (t, b) = grid.max_rows, (plan.token.shape[0], plan.sample.shape[0])
+    place = jnp.where(plan.sample_row < max_rows, plan.sample, t)
+
+    def one(carry: tuple[Array, EngineState, Array, Drawn]) -> tuple:
+        i, state, live, drawn = carry  # live: bool[B], the rows that may still draw
+        # Before the first draw all tokens are brought, also of rows that draw nothing.
+        brings = jnp.zeros((t,), jnp.bool_).at[place].set(live, mode="drop") | (i == 0)
+        row = jnp.where(brings, plan.row, max_rows)
+        tokens = _tokens(state, plan._replace(token=jnp.where(i == 0, plan.token, -1)))
+        position = plan.position + i
+        state, hidden = _compute(decoder, grid, state, plan, tokens, position, row)
+        state, token, logprobs = _draw(decoder, state, plan, hidden, position)
+        token = jnp.where(live, token, -1)
+        stop = state.settings.stop.at[plan.sample_row].get(mode="clip")
+        live = live & ~jnp.any(stop == token[:, None], axis=1) & (i + 1 < plan.room)
+        drawn = drawn._replace(
+            token=drawn.token.at[i].set(token),
+            logprobs=jax.tree.map(lambda x, new: x.at[i].set(new), drawn.logprobs, logprobs),
+        )
+        return i + 1, state, live, drawn
+
+    drawn = Drawn(
+        token=jnp.full((grid.decode_steps, b), -1, jnp.int32),
+        logprobs=_no_logprobs(grid.decode_steps, b),
+        scores=_no_logprobs(t),
+    )
+    # The first step always runs: it may bring tokens of rows that draw nothing.
+    carry = (jnp.int32(0), state, plan.room > 0, drawn)
+    _, state, _, drawn = jax.lax.while_loop(
+        lambda carry: (carry[0] == 0) | ((carry[0] < plan.steps) & jnp.any(carry[2])), one, carry
+    )
+    return state, drawn
+
+
+def _tokens(state: EngineState, plan: StepPlan[Array]) -> Array:
+    """The step's tokens; -1 stands for the one that the row drew last."""
+    last = state.last_token.at[plan.row].get(mode="clip")
+    return jnp.where(plan.token < 0, last, plan.token)
+
+
+def _compute(
+    decoder: Decoder, grid: Grid, state: EngineState, plan: StepPlan[Array], tokens: Array,
+    position: Array, row: Array,
+) -> tuple[EngineState, Array]:  # fmt: skip
+    """Brings tokens into the rows' pages; also their hidden states [T, E]."""
+    max_rows = grid.max_rows
+    writer = jnp.where(plan.write, row, max_rows)
+    slots = slots_of(state.table, writer, position, grid.page_size)
+    pool = write_positions(state.pool, position, slots)
+    table = advance(state.table, row)
+    work = _work(grid, table, plan, jnp.where(row < max_rows, position, -1))
+    attend = paged_attend(slots, work, decoder.config.layer_windows())
+    hidden, pool = decoder(tokens, position, pool, attend)
+    history = state.history.at[row, position].set(tokens, mode="drop")
+    return dataclasses.replace(state, pool=pool, table=table, history=history), hidden
+
+
+def _work(grid: Grid, table: PageTable, plan: StepPlan[Array], query_position: Array) -> WorkList:
+    items = [Items(index=plan.singles, count=plan.num_singles, max_queries=1,
+                   max_pages=grid.split_pages)]  # fmt: skip
+    if plan.tiles.shape[0]:
+        items.append(Items(index=plan.tiles, count=plan.num_tiles, max_queries=grid.tile_queries,
+                           max_pages=grid.split_pages))  # fmt: skip
+    return WorkList(
+        items=tuple(items), pages=table.pages, length=table.length, query_position=query_position
+    )
+
+
+def _draw(
+    decoder: Decoder, state: EngineState, plan: StepPlan[Array], hidden: Array, position: Array
+) -> tuple[EngineState, Array, Logprobs]:
+    """Draws the successors of the sampled places: int32[B] and their log-probabilities."""
+    logits = decoder.logits(hidden[plan.sample])
+    settings, history = jax.tree.map(
+        lambda x: x.at[plan.sample_row].get(mode="clip"), (state.settings, state.history)
+    )
+    token = draw(logits, settings, history, position[plan.sample] + 1)
+    logprobs = jax.lax.cond(
+        plan.logprobs, logprobs_of, lambda *_: _no_logprobs(len(token)), logits, token
+    )
+    last_token = state.last_token.at[plan.sample_row].set(token, mode="drop")
+    return dataclasses.replace(state, last_token=last_token), token, logprobs
+
+
+def _score(decoder: Decoder, plan: StepPlan[Array], hidden: Array) -> Logprobs:
+    """Log-probabilities of the plan's targets, if it has any."""
+
+    def block(arguments: tuple[Array, Array]) -> Logprobs:
+        return logprobs_of(decoder.logits(arguments[0]), arguments[1])
+
+    def scored() -> Logprobs:
+        pad = -len(hidden) % _SCORED_AT_ONCE
+        blocks = jax.tree.map(
+            lambda x: jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1)).reshape(
+                -1, _SCORED_AT_ONCE, *x.shape[1:]
+            ),
+            (hidden, plan.target),
+        )
+        out = jax.lax.map(block, blocks)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(hidden)], out)
+
+    empty = _no_logprobs(len(hidden))
+    return jax.lax.cond(jnp.any(plan.target >= 0), scored, lambda: empty)
+
+
+def _no_logprobs(*shape: int) -> Logprobs:
+    return Logprobs(
+        chosen=jnp.zeros(shape, jnp.float32),
+        top_token=jnp.zeros((*shape, MAX_LOGPROBS), jnp.int32),
+        top=jnp.zeros((*shape, MAX_LOGPROBS), jnp.float32),
+    )
+
+
+def seats_as_arrays(
+    grid: Grid, num_pages: int, room: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, RowSettings]:
+    """Arguments for `give_seats` that seat nobody, to be filled in: room for `room` requests."""
+    return (
+        np.full(room, grid.max_rows, np.int32),
+        np.full((room, grid.pages_per_row), num_pages, np.int32),
+        np.zeros(room, np.int32),
+        np.zeros((room, grid.max_length), np.int32),
+        RowSettings.empty(room),
+    )
