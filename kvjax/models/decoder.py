@@ -11,6 +11,7 @@ D head size. `...` is any leading shape: [T] ragged tokens in the engine, [B, T]
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -225,15 +226,24 @@ class Decoder(nnx.Module):
         )
 
     def __call__(
-        self, tokens: Array, positions: Array, state: Any, attend: Attend
+        self,
+        tokens: Array,
+        positions: Array,
+        state: Any,
+        attend: Attend,
+        *,
+        remat: Callable[[Callable], Callable] | None = None,
+        unroll: int | bool = 1,
     ) -> tuple[Array, Any]:
-        """Runs the layers.
+        """Runs the layers, in the dtype of their norms.
 
         Args:
             tokens: int32[...] token ids.
             positions: int32[...] true positions, which the rotary angles follow.
             state: what `attend` carries from layer to layer.
             attend: the attention, see `Attend`.
+            remat: what wraps the function of one layer in training, such as `jax.checkpoint`.
+            unroll: as in `jax.lax.scan`: how many layers the compiler sees at a time; True is all.
 
         Returns:
             The normed hidden states [..., E], ready for `logits`, and the state.
@@ -245,15 +255,17 @@ class Decoder(nnx.Module):
             layer, params = layer_params
             return nnx.merge(graph, params)(layer, x, positions, state, attend), None
 
-        x = self.embed[...][tokens]
+        # In mixed-precision training the table alone stays float32, for the sums of its gradient.
+        x = self.embed[...][tokens].astype(self.norm[...].dtype)
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        (x, state), _ = jax.lax.scan(layer_step, (x, state), (layers, blocks))
+        one_layer = layer_step if remat is None else remat(layer_step)
+        (x, state), _ = jax.lax.scan(one_layer, (x, state), (layers, blocks), unroll=unroll)
         return rms_norm(x, self.norm[...], self.config.norm_eps), state
 
     def logits(self, hidden: Array) -> Array:
         """Scores of the next token, float32[..., V], from hidden states [..., E]."""
         if self.head is not None:
             return self.head(hidden).astype(jnp.float32)
-        embed = self.embed[...]
+        embed = self.embed[...].astype(hidden.dtype)
         precision = "highest" if embed.dtype == jnp.float32 else None
         return jnp.einsum("...e,ve->...v", hidden, embed, precision=precision).astype(jnp.float32)

@@ -1,0 +1,53 @@
+"""Model FLOP utilisation: the arithmetic that a model asks for, by what the device could do.
+
+Counted are the products of a training step, each multiplication and each addition once, as if
+nothing were computed twice: rematerialisation lowers the utilisation. Of the attention a causal
+model needs the half below the diagonal (or inside a window), and that is what counts. Figures that
+count the whole square (Chowdhery et al. 2022) are higher.
+"""
+
+from kvjax.models.decoder import DecoderConfig
+
+__all__ = ["PEAK_FLOPS", "decoder_step_flops", "matrix_parameters", "peak_flops"]
+
+PEAK_FLOPS: tuple[tuple[str, float], ...] = (
+    ("NVIDIA H100 80GB HBM3", 783e12),
+    ("NVIDIA H200", 783e12),
+    ("NVIDIA A100", 312e12),
+    ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v6 lite", 918e12),
+    ("TPU7x", 1153.5e12),
+)
+"""Beginning of `device_kind` -> dense bfloat16 FLOP/s; the first that fits counts.
+
+H100 and H200: the fastest matrix product measured; the data sheet's 989e12 is not reached. Others:
+the data sheets' figures; a device of TPU7x is one of a chip's two cores.
+"""
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOP/s that a device of a kind can do in bfloat16, or None where that is not known."""
+    return next((peak for kind, peak in PEAK_FLOPS if device_kind.startswith(kind)), None)
+
+
+def matrix_parameters(config: DecoderConfig) -> int:
+    """How many parameters stand in matrix products, the output layer's included."""
+    heads = 2 * config.num_heads + 2 * config.num_kv_heads
+    layer = config.embed_dim * (heads * config.head_dim + 3 * config.mlp_dim)
+    return config.num_layers * layer + config.vocab_size * config.embed_dim
+
+
+def decoder_step_flops(config: DecoderConfig, rows: int, length: int) -> float:
+    """FLOPs of a training step on `rows` sequences of `length` tokens.
+
+    That is 6 for each parameter in a product and token (2 forwards, 4 backwards), and 12 for each
+    pair of a query and a key that it sees, head and channel.
+    """
+    pairs = 0
+    for window in config.windows or (0,) * config.num_layers:
+        seen = min(window or length, length)  # by the last query; the first ones see fewer
+        pairs += seen * (seen + 1) // 2 + (length - seen) * seen
+    attention = 12 * config.num_heads * config.head_dim * pairs
+    return float(rows * (6 * matrix_parameters(config) * length + attention))
