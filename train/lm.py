@@ -56,14 +56,15 @@ class Batch(NamedTuple):
         positions: int32[B, T], which the rotary angles follow.
         places: int32[B, A], from which positions an answer's tokens are predicted.
         weights: float32[B, A], 1 where `places` holds such a position, 0 where it pads.
-        window: int32 scalar, how many of the last positions the first layer sees; 0 is all.
+        window: int32 scalar, how many of the last positions the first layer sees, or None: all.
+            None is faster, since then no mask is needed.
     """
 
     tokens: np.ndarray
     positions: np.ndarray
     places: np.ndarray
     weights: np.ndarray
-    window: np.ndarray
+    window: np.ndarray | None
 
 
 def encode_batch(
@@ -85,7 +86,7 @@ def encode_batch(
         size: how many.
         length: to which they are padded.
         difficulty: makes them.
-        window: of the first layer.
+        window: of the first layer; 0 is none.
         longest: positions are stretched to up to this many, see `stretch`.
     """
     answers = difficulty.answer_tokens
@@ -94,7 +95,7 @@ def encode_batch(
         np.broadcast_to(np.arange(length, dtype=np.int32), (size, length)).copy(),
         np.zeros((size, answers), np.int32),
         np.zeros((size, answers), np.float32),
-        np.asarray(window, np.int32),
+        np.asarray(window, np.int32) if window else None,
     )
     for row in range(size):
         chat = difficulty.make(seed, first + row).messages()
@@ -119,8 +120,10 @@ def _forward(
 ) -> tuple[Array, Array]:
     """Logits float32[B, A, V] of the answers' tokens, and the tokens int32[B, A]."""
     decoder = nnx.merge(graph, params)
-    windows = jnp.asarray(decoder.config.windows or (0,) * decoder.config.num_layers, jnp.int32)
-    windows = windows.at[0].set(jnp.where(batch.window > 0, batch.window, windows[0]))
+    windows = decoder.config.layer_windows()
+    if batch.window is not None:
+        windows = jnp.zeros(decoder.config.num_layers, jnp.int32) if windows is None else windows
+        windows = windows.at[0].set(batch.window)
     hidden, _ = decoder(batch.tokens, batch.positions, (), causal_attend(windows))
     hidden = jnp.take_along_axis(hidden, batch.places[..., None], axis=1)
     return decoder.logits(hidden), jnp.take_along_axis(batch.tokens, batch.places + 1, axis=1)
