@@ -5,11 +5,11 @@ import numpy as np
 from kvjax.train.tasks.example import Example, Setting, begin, finish, most, turns_tokens
 from kvjax.train.tasks.words import ADJECTIVES, DIRECTIONS, NOUNS
 
-__all__ = ["RARELY", "SELDOM_ENDS", "counting"]
+__all__ = ["OFTEN", "RARELY", "counting"]
 
-_SIGHTING = 6  # tokens of "A red falcon went north."
+_SIGHTING = 6  # tokens of "One red falcon went north."
 _TURN = 15
-SELDOM_ENDS = 0.2  # a larger share of the sightings is "Often"
+OFTEN = 0.2  # a larger share of the sightings is "Often"
 RARELY = 0.1  # up to this share is "Rarely", between the two "Sometimes"
 
 
@@ -31,7 +31,7 @@ def counting(rng: np.random.Generator, setting: Setting) -> Example:
     adjectives = rng.integers(0, len(ADJECTIVES), seen).tolist()
     animals = [noun for noun, times in counts.items() for _ in range(times)]
     facts = [
-        f"A {ADJECTIVES[adjectives[i]]} {animals[i]} went {directions[i]}." for i in range(seen)
+        f"One {ADJECTIVES[adjectives[i]]} {animals[i]} went {directions[i]}." for i in range(seen)
     ]
     turns = _turns(rng, count, counts, ways[0])
     pairs = [f"{ADJECTIVES[a]} {noun}" for a, noun in zip(adjectives, animals, strict=True)]
@@ -61,21 +61,22 @@ def _directions(rng: np.random.Generator, seen: int, ways: list[str]) -> list[st
 def _turns(
     rng: np.random.Generator, count: int, counts: dict[str, int], way: str
 ) -> list[tuple[str, str]]:
-    animals = list(counts)
-    top = "The {}, the {}, the {}".format(*animals[:3])
-    kinds = [
-        ("Which three animals were seen most?", top),
-        ("Which way did most go?", f"Most went {way}"),
+    """Questions of all three kinds where three are asked or more, else of some, in any order."""
+    animals, total = list(counts), sum(counts.values())
+    rare = [animals[i] for i in 3 + rng.permutation(len(animals) - 3)[:3]]
+    asked = [*animals[:3], *rare]  # as many often or sometimes as rarely
+    often = [
+        (f"How often was the {animal} seen?", _often(counts[animal] / total))
+        for animal in (asked[i] for i in rng.permutation(len(asked)))
     ]
-    # As many of each answer as there can be.
-    asked = [*animals[:3], *(animals[3:] and [animals[i] for i in 3 + rng.permutation(
-        len(animals) - 3)[:3]])]  # fmt: skip
-    asked = [asked[i] for i in rng.permutation(len(asked))]
-    total = sum(counts.values())
-    for animal in asked:
-        share = counts[animal] / total
-        often = "Often" if share > SELDOM_ENDS else "Rarely" if share <= RARELY else "Sometimes"
-        kinds.append((f"How often was the {animal} seen?", often))
-    first = [kinds[i] for i in rng.permutation(3)]
-    chosen = [*first, *kinds[3:]][:count]
-    return [chosen[i] for i in rng.permutation(len(chosen))]
+    turns = [
+        ("Which three animals were seen most?", "The {}, the {}, the {}".format(*animals[:3])),
+        ("Which way did most go?", f"Most went {way}"),
+        often[0],
+    ]
+    turns = ([turns[i] for i in rng.permutation(3)] + often[1:])[:count]
+    return [turns[i] for i in rng.permutation(len(turns))]
+
+
+def _often(share: float) -> str:
+    return "Often" if share > OFTEN else "Rarely" if share <= RARELY else "Sometimes"

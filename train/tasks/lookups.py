@@ -44,7 +44,7 @@ def multi_key(rng: np.random.Generator, setting: Setting) -> Example:
     tokens = begin(rng, setting)
     count = most(tokens, setting, _LOOKUP)
     asked = turns_tokens(count, _LOOKUP)
-    size = fitting(rng, tokens, asked, _RECORD, least=min(count, 8), limit=64)
+    size = fitting(rng, tokens, asked, _RECORD, least=8, limit=64)
     first, second = rng.permutation(len(ATTRIBUTES))[:2].tolist()
     pairs = draw_pairs(rng, size, shared=setting.shared_words)
     if setting.shared_words:  # both attributes of about half of the pairs

@@ -53,12 +53,12 @@ _NOISE = (
 )
 _OTHERS = (
     "The the met Some say saw at was never asked of Page names left before Nobody counted in At "
-    "waited is follows holds lives goes to first second third There came A went What are codes "
+    "waited is follows holds lives goes to first second third There came One went What are codes "
     "and Whom does follow Where live go end trail Which three animals were seen most way did "
     "How often Continue three codes prices weights years"
 )
 _OPENINGS = (
-    "The", "the", "Some", "Page", "Nobody", "At", "A", "There", "What", "Whom", "Where", "Which",
+    "The", "the", "Some", "Page", "Nobody", "At", "One", "There", "What", "Whom", "Where", "Which",
     "How", "Continue", "First", "Most", "Often", "Sometimes", "Rarely",
 )  # fmt: skip
 _TOKEN = re.compile(r"[A-Za-z]+|\d| (?=\d)|[^\w\s]")
