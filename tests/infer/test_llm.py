@@ -24,11 +24,14 @@ def folder(tmp_path_factory):
     return path
 
 
-def with_grid(llm, **sizes):
+def with_grid(llm, num_pages=None, optimistic=False, **sizes):
     """The same model behind an engine with other shapes; fewer of them compile faster."""
-    grid = dataclasses.replace(llm.engine.grid, **sizes)
     engine = llm.engine
-    llm.engine = Engine(*models_for_tests.random_decoder(), engine.model, engine.cache, grid)
+    grid = dataclasses.replace(engine.grid, **sizes)
+    num_pages = num_pages or engine.cache.num_pages
+    llm.engine = Engine(
+        *models_for_tests.random_decoder(), engine.model, grid, num_pages, optimistic=optimistic
+    )
     llm.engine.warm_up()
     return llm
 
@@ -225,10 +228,3 @@ def test_bfloat16_answers(folder):
     assert llm.engine.state.pool.k.dtype == jnp.bfloat16
     (answer,) = llm.generate([5, 6, 7], GREEDY)
     assert len(answer.token_ids) == 20
-
-
-def test_cache_and_grid_must_agree(llm):
-    engine = llm.engine
-    grid = dataclasses.replace(engine.grid, page_size=8)
-    with pytest.raises(ValueError, match="page_size"):
-        Engine(*models_for_tests.random_decoder(), engine.model, engine.cache, grid)

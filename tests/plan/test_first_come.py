@@ -1,95 +1,120 @@
-"""The first-come planner alone, with a stand-in for the device that draws fixed tokens."""
+"""The first-come planner alone, with a stand-in for the device whose pages hold tokens."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pages_of_tokens import VOCABULARY, Device, drive, rollout
 
 from kvjax.cache import PageLedger
 from kvjax.plan import FirstCome, Grid, Request
 
 GRID = Grid(
     page_size=4, max_rows=3, pages_per_row=6, row_buckets=(1, 3), token_buckets=(8, 16),
-    split_pages=2, tile_queries=4,
+    split_pages=2, tile_queries=4, decode_steps=3,
 )  # fmt: skip
 
 
-def drive(planner, token=lambda step: 7):
-    """Runs the planner dry; returns each request's tokens and the number of steps."""
-    answers, steps = {}, 0
-    while planner.busy:
-        planned = planner.plan()
-        drawn = [token(steps)] * int((planned.step.sample_row < planner.grid.max_rows).sum())
-        for sampled in planner.accept(drawn):
-            tokens, _ = answers.setdefault(sampled.id, ([], None))
-            tokens.append(sampled.token)
-            answers[sampled.id] = (tokens, sampled.finish_reason)
-        ledger = planner.ledger
-        assert ledger.held <= ledger.num_pages
-        steps += 1
-        assert steps < 1000
-    return answers, steps
+def planner_and_device(num_pages=32, **options):
+    return FirstCome(GRID, PageLedger(num_pages), **options), Device(GRID, num_pages)
 
 
 def test_a_shared_prefix_is_computed_once():
     """Five prompts over one document of 12 tokens: the document once, each question by itself."""
-    planner = FirstCome(GRID, PageLedger(32))
+    planner, device = planner_and_device()
     document = tuple(range(100, 112))
     for i in range(5):
         planner.add(Request(id=i, prompt=(*document, i, 50, 51), max_tokens=2))
-    answers, _ = drive(planner)
+    answers, _ = drive(planner, device)
     assert planner.prefill_tokens_computed == 12 + 5 * 3
-    assert {i: a for i, (a, _) in answers.items()} == {i: [7, 7] for i in range(5)}
+    for i in range(5):
+        assert answers[i] == (rollout((*document, i, 50, 51), 2), "length")
     assert planner.ledger.held == 0
 
 
 def test_a_page_with_a_twin_is_not_written_again():
-    """Two equal prompts of 6 tokens, pages of 4: whoever fills tokens 4 to 7 second takes the
-    first one's page, and the token that filled it is not written."""
-    planner = FirstCome(GRID, PageLedger(32))
+    """Two equal prompts of 8 tokens, planned together: the second one's pages are the first's."""
+    planner, device = planner_and_device()
     for i in range(2):
-        planner.add(Request(id=i, prompt=(1, 2, 3, 4, 5, 6), max_tokens=6))
+        planner.add(Request(id=i, prompt=(1, 2, 3, 4, 5, 6, 7, 8), max_tokens=6))
     unwritten = []
-    while planner.busy:
-        step = planner.plan().step
-        live = step.row < GRID.max_rows
-        unwritten += [(int(p)) for p in step.position[live & ~step.write]]
-        planner.accept([7] * int((step.sample_row < GRID.max_rows).sum()))
-    # Token 7 fills the second page; 11 would fill the third, but the last token is not stored.
-    assert unwritten == [7]
+
+    def watch(planned):
+        live = planned.step.row < GRID.max_rows
+        unwritten.extend(int(p) for p in planned.step.position[live & ~planned.step.write])
+        return device(planned)
+
+    drive(planner, watch)
+    # The second finds tokens 0 to 3; the page of tokens 4 to 7 turns out to have a twin.
+    assert unwritten == [4, 5, 6, 7]
 
 
 def test_stop_tokens_and_lengths():
-    planner = FirstCome(GRID, PageLedger(32))
-    planner.add(Request(id=0, prompt=(1,), max_tokens=9, stop_ids=frozenset({7})))
+    planner, device = planner_and_device()
+    (first,) = rollout((1,), 1)
+    planner.add(Request(id=0, prompt=(1,), max_tokens=9, stop_ids=frozenset({first})))
     planner.add(Request(id=1, prompt=(1, 2), max_tokens=3))
     planner.add(Request(id=2, prompt=(1, 2, 3), max_tokens=10_000))
-    answers, _ = drive(planner)
-    assert answers[0] == ([7], "stop")
-    assert answers[1] == ([7] * 3, "length")
+    answers, _ = drive(planner, device)
+    assert answers[0] == ([first], "stop")
+    assert answers[1] == (rollout((1, 2), 3), "length")
     # The row holds 24 tokens; the last one drawn needs no place.
-    assert answers[2] == ([7] * (24 - 3 + 1), "length")
+    assert answers[2] == (rollout((1, 2, 3), 24 - 3 + 1), "length")
+
+
+def test_decoding_rows_run_several_steps_a_call():
+    """12 tokens of one row: one with the prompt, the others by threes."""
+    planner, device = planner_and_device()
+    planner.add(Request(id=0, prompt=(1, 2), max_tokens=13))
+    answers, calls = drive(planner, device)
+    assert answers[0] == (rollout((1, 2), 13), "length") and calls == 1 + 12 // 3
 
 
 def test_what_never_fits_is_refused_at_once():
-    planner = FirstCome(GRID, PageLedger(2))
+    planner, device = planner_and_device(2)
     with pytest.raises(ValueError, match="9 tokens, a row holds 8"):
         planner.add(Request(id=0, prompt=tuple(range(9)), max_tokens=1))
     with pytest.raises(ValueError, match="no tokens"):
         planner.add(Request(id=0, prompt=(), max_tokens=1))
     planner.add(Request(id=0, prompt=tuple(range(8)), max_tokens=5))
-    answers, _ = drive(planner)
-    assert answers[0] == ([7], "length")
+    answers, _ = drive(planner, device)
+    assert answers[0] == (rollout(range(8), 1), "length")
+
+
+def test_a_prompt_is_scored_once_whoever_knows_its_pages():
+    """Tokens 5 to 9 of a prompt whose pages are all known: as few as can be are computed again."""
+    planner, device = planner_and_device()
+    prompt = tuple(range(20, 30))
+    planner.add(Request(id=0, prompt=prompt, max_tokens=1))
+    drive(planner, device)
+    before = planner.prefill_tokens_computed
+    planner.add(Request(id=1, prompt=prompt, max_tokens=0, score_from=5))
+    answers, _ = drive(planner, device)
+    assert answers[1] == ([], "length")
+    assert device.scored == {prompt[: i + 1] for i in range(5, 10)}
+    assert planner.prefill_tokens_computed - before == 10 - 4
+    assert planner.ledger.held == 0
 
 
 def test_cancelled_requests_give_everything_back():
-    planner = FirstCome(GRID, PageLedger(32))
+    planner, device = planner_and_device()
     for i in range(6):
         planner.add(Request(id=i, prompt=tuple(range(10 + i)), max_tokens=50))
-    for _ in range(4):
-        drawn = int((planner.plan().step.sample_row < 3).sum())
-        planner.accept([7] * drawn)
+    running = [planner.plan() for _ in range(4)]
     planner.cancel(range(6))
     assert not planner.busy and planner.ledger.held == 0
+    for planned in running:  # what they drew comes too late
+        assert planner.accept(planned, device(planned)) == []
+
+
+def test_the_youngest_make_room_and_lose_nothing():
+    """Three rows of up to 6 pages in a pool of 8: they begin together all the same."""
+    planner, device = planner_and_device(8, optimistic=True)
+    for i in range(3):
+        planner.add(Request(id=i, prompt=(i, i, i), max_tokens=20))
+    answers, _ = drive(planner, device)
+    for i in range(3):
+        assert answers[i] == (rollout((i, i, i), 20), "length")
+    assert planner.preemptions > 0 and planner.ledger.held == 0
 
 
 requests = st.lists(
@@ -98,24 +123,44 @@ requests = st.lists(
         st.integers(0, 14),  # how much of it
         st.lists(st.integers(0, 3), min_size=1, max_size=6),  # the question
         st.integers(1, 12),
+        st.sets(st.integers(0, VOCABULARY - 1), max_size=2),  # what ends it
+        st.none() | st.integers(1, 6),  # what is scored
     ),
     min_size=1,
     max_size=12,
 )
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
-@given(requests, st.integers(6, 20))
-def test_every_request_ends_whatever_the_memory(specs, num_pages):
-    """Safe admission: the ledger never runs out, nothing waits for ever, no page is left."""
-    planner = FirstCome(GRID, PageLedger(num_pages))
-    for i, (document, part, question, max_tokens) in enumerate(specs):
-        prompt = (*range(100 * document, 100 * document + part), *question)
-        planner.add(Request(id=i, prompt=prompt, max_tokens=max_tokens))
-    answers, _ = drive(planner, token=lambda step: step % 5)
-    for i, (_, part, question, max_tokens) in enumerate(specs):
-        tokens, reason = answers[i]
-        room = 24 - part - len(question) + 1
-        assert (len(tokens), reason) == (min(max_tokens, room), "length")
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(requests, st.integers(6, 20), st.booleans(), st.integers(0, 2), st.sets(st.integers(0, 11)))
+def test_every_answer_is_its_own_whatever_the_memory(specs, num_pages, optimistic, ahead, gone):
+    """No page is lost, shared wrongly or written by two; nothing waits for ever; answers do not
+    depend on memory, company, chunks, preemption, or how far the host plans ahead."""
+    planner, device = planner_and_device(num_pages, optimistic=optimistic)
+    prompts = []
+    for i, (document, part, question, max_tokens, stop, score) in enumerate(specs):
+        prompts.append((*range(100 * document + 1, 100 * document + 1 + part), *question))
+        score = score if score is None or score < len(prompts[i]) else None
+        planner.add(
+            Request(
+                id=i, prompt=prompts[i], max_tokens=max_tokens, stop_ids=frozenset(stop),
+                score_from=score,
+            )
+        )  # fmt: skip
+
+    def cancel(calls):
+        if calls == 4:
+            planner.cancel(gone)
+
+    answers, _ = drive(planner, device, ahead, cancel)
+    for i, (_, _, _, max_tokens, stop, score) in enumerate(specs):
+        expected = rollout(prompts[i], min(max_tokens, 24 - len(prompts[i]) + 1), stop)
+        if i not in gone:
+            reason = "stop" if expected[-1] in stop else "length"
+            assert answers[i] == (expected, reason)
+            for place in range(score, len(prompts[i])) if score else ():
+                assert prompts[i][: place + 1] in device.scored
+        elif i in answers:
+            assert answers[i][0] == expected[: len(answers[i][0])]
     assert planner.ledger.held == 0
     assert planner.ledger.available == num_pages

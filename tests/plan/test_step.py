@@ -35,8 +35,8 @@ def test_rows_are_cut_at_fixed_multiples():
 def test_a_decoding_row_and_a_chunk():
     """Row 2 brings its 6th token; row 0 brings tokens 3 to 6 of its prompt and draws nothing."""
     runs = [
-        Run(row=2, start=5, tokens=[-1], stored=0, pages=[9, 4], draws=(0.5, 0.9, 3)),
-        Run(row=0, start=3, tokens=[11, 12, 13, 14], stored=1, pages=[6, 1], draws=None),
+        Run(row=2, start=5, tokens=[-1], stored=0, pages=[9, 4], draws=1, targets=[]),
+        Run(row=0, start=3, tokens=[11, 12, 13, 14], stored=1, pages=[6, 1], draws=0, targets=[]),
     ]
     bucket, plan = pack(runs, GRID)
     assert bucket == Bucket(8, 4, True)
@@ -52,7 +52,34 @@ def test_a_decoding_row_and_a_chunk():
     np.testing.assert_array_equal(plan.tiles[:2], [[0, 0, 2, 1, 4], [0, 0, 2, 4, 5]])
     np.testing.assert_array_equal(plan.sample, [0, 0, 0, 0])
     np.testing.assert_array_equal(plan.sample_row, [2, 4, 4, 4])
-    np.testing.assert_allclose(plan.temperature, [0.5, 0, 0, 0])
+    np.testing.assert_array_equal(plan.room, [1, 0, 0, 0])
+    assert plan.steps == 1 and plan.target.max() == -1
+
+
+def test_steps_that_follow_each_other():
+    """Rows of 6 and 3 tokens may draw 4 and 2: items and entries reach as far as they will."""
+    runs = [
+        Run(row=2, start=5, tokens=[-1], stored=0, pages=[9, 4, 7], draws=4, targets=[]),
+        Run(row=1, start=2, tokens=[-1], stored=0, pages=[6], draws=2, targets=[]),
+    ]
+    bucket, plan = pack(runs, GRID, steps=4)
+    assert bucket == Bucket(2, 2, False) and plan.steps == 4
+    np.testing.assert_array_equal(plan.room, [4, 2])
+    np.testing.assert_array_equal(plan.grow[:, :3], [[2, 2, 1], [1, 2, 0], [4, 7, 6]])
+    # Positions 5 to 8 lie in three pages, of which an item spans two; positions 2 and 3 in one.
+    np.testing.assert_array_equal(
+        plan.singles[: int(plan.num_singles)], [[2, 0, 2, 0, 1], [2, 2, 3, 0, 1], [1, 0, 1, 1, 2]]
+    )
+
+
+def test_targets_stand_beside_the_tokens_before_them():
+    runs = [
+        Run(row=0, start=8, tokens=[-1], stored=0, pages=[1, 2, 3], draws=1, targets=[]),
+        Run(row=1, start=0, tokens=[5, 6, 7], stored=0, pages=[4], draws=0, targets=[-1, 7, 8]),
+    ]
+    bucket, plan = pack(runs, GRID)
+    assert bucket.chunks
+    np.testing.assert_array_equal(plan.target, [-1, -1, 7, 8, -1, -1, -1, -1])
 
 
 @st.composite
@@ -64,7 +91,7 @@ def steps(draw):
         n = draw(st.integers(0, min(budget, 32 - start)))
         if n:
             pages = [100 * row + i for i in range(-(-(start + n) // 4))]
-            runs.append(Run(row, start, [1] * n, 0, pages, None))
+            runs.append(Run(row, start, [1] * n, 0, pages, 0, []))
             budget -= n
     return runs
 
