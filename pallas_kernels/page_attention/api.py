@@ -1,11 +1,13 @@
 """The contract of `page_attention`."""
 
 import jax
+import jax.numpy as jnp
 
+from kvjax.pallas_kernels.page_attention.gpu import page_attention_gpu, prepare_gpu, why_not
 from kvjax.pallas_kernels.page_attention.reference import page_attention_reference
 from kvjax.pallas_kernels.page_attention.work import Pages, WorkList
 
-__all__ = ["page_attention"]
+__all__ = ["page_attention", "prepare"]
 
 Array = jax.Array
 
@@ -35,7 +37,8 @@ def page_attention(
             None: all.
         soft_cap: scores become `soft_cap * tanh(score / soft_cap)`.
         scale: of the scores; None: D ** -0.5.
-        implementation: "reference", or None for the best of the platform.
+        implementation: "reference", "gpu" (Hopper), or None for the best that the default device
+            can run.
 
     Returns:
         out [T, H, D] in q's dtype, and lse float32[T, H], the natural logarithm of the softmax
@@ -43,14 +46,60 @@ def page_attention(
 
     Raises:
         ValueError: shapes do not fit each other.
-        NotImplementedError: no such implementation here.
+        NotImplementedError: no such implementation here, or it cannot do this.
     """
     heads = work.pages.shape[1] * pool.k.shape[2]
     if q.ndim != 3 or q.shape[1] % heads or q.shape[2] != pool.k.shape[-1]:
         raise ValueError(f"{q.shape=} does not fit {pool.k.shape=} and {work.pages.shape=}")
     if work.query_position.shape != q.shape[:1]:
         raise ValueError(f"{work.query_position.shape=} does not fit {q.shape=}")
-    if implementation not in (None, "reference"):
-        raise NotImplementedError(f"page_attention has no {implementation=}")
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    return page_attention_reference(q, pool, layer, work, window, soft_cap, scale)
+    implementation = implementation or _best(pool, q.shape[1], q.dtype, scale)
+    if implementation == "reference":
+        return page_attention_reference(q, pool, layer, work, window, soft_cap, scale)
+    if implementation == "gpu":
+        return page_attention_gpu(q, pool, layer, work, window, soft_cap, scale)
+    raise NotImplementedError(f"page_attention has no {implementation=}")
+
+
+def prepare(
+    work: WorkList,
+    pool: Pages,
+    num_heads: int,
+    *,
+    max_partials: int | None = None,
+    implementation: str | None = None,
+) -> WorkList:
+    """The work list with what does not depend on the layer computed, once for all layers.
+
+    Without it every call of `page_attention` does so itself.
+
+    Args:
+        work: of a step.
+        pool: the pages that it will be used with.
+        num_heads: H of the queries.
+        max_partials: room for the partial results of queries that are in several items, counted
+            in (item, query) pairs of all items that such a query is in; None: as many as the
+            items have room for.
+        implementation: as for `page_attention`.
+    """
+    implementation = implementation or _best(pool, num_heads, pool.k.dtype)
+    return prepare_gpu(work, pool, num_heads, max_partials) if implementation == "gpu" else work
+
+
+def _best(pool: Pages, num_heads: int, dtype: jnp.dtype, scale: float | None = None) -> str:
+    """The implementation for the default device, as known when a function is traced.
+
+    Choosing at lowering time (`jax.lax.platform_dependent`) would trace the kernels wherever
+    there is no GPU too, which takes seconds a shape.
+    """
+    if why_not(pool, num_heads, dtype, scale) is None and _on_hopper():
+        return "gpu"
+    return "reference"
+
+
+def _on_hopper() -> bool:
+    device = jax.config.jax_default_device
+    if device is None or isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    return device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"

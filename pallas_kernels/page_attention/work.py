@@ -12,6 +12,8 @@ from typing import Protocol
 
 import jax
 
+from kvjax.pallas_kernels.page_attention.gpu_plan import Plan
+
 __all__ = ["Items", "Pages", "WorkList"]
 
 Array = jax.Array
@@ -64,9 +66,11 @@ class WorkList:
         pages: int32[L/R, K/C, B, M], the table; N or above: no page.
         length: int32[L/R, K/C, B], slots in use, the step's own tokens included.
         query_position: int32[T], true positions; -1 for a query that is padding.
+        prepared: what `prepare` made of all this for a GPU; None: a call makes it itself.
     """
 
     items: tuple[Items, ...]
     pages: Array
     length: Array
     query_position: Array
+    prepared: Plan | None = None
