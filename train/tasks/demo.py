@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kvjax.train.tasks.records import Difficulty, make_example
+from kvjax.train.tasks.mixture import Mixture
+from kvjax.train.tasks.records import Difficulty
 
 __all__ = ["main", "make_requests"]
 
@@ -19,7 +20,12 @@ DIFFICULTY = Difficulty(min_records=12, max_records=20, questions=8)
 
 
 def make_requests(
-    seed: int, documents: int, difficulty: Difficulty, *, model: str = "tiny", max_tokens: int = 8
+    seed: int,
+    documents: int,
+    difficulty: Difficulty | Mixture,
+    *,
+    model: str = "tiny",
+    max_tokens: int = 8,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Requests in the OpenAI batch form, each with one question, and what they should answer.
 
@@ -29,13 +35,12 @@ def make_requests(
     Returns:
         The requests, and {"custom_id", "answer"} of each, in the same order.
     """
-    examples = [make_example(seed, index, difficulty) for index in range(documents)]
+    chats = [difficulty.make(seed, index).messages() for index in range(documents)]
     requests, answers = [], []
-    for question in range(difficulty.questions):
-        for document, example in enumerate(examples):
-            name = f"doc{document}-q{question}"
-            system, *turns = example.messages()
+    for question in range(min(len(chat) // 2 for chat in chats)):
+        for document, (system, *turns) in enumerate(chats):
             asked, answer = turns[2 * question : 2 * question + 2]
+            name = f"doc{document}-q{question}"
             body = {"model": model, "messages": [system, asked], "max_tokens": max_tokens}
             requests.append(_request(name, body | {"temperature": 0}))
             answers.append({"custom_id": name, "answer": answer["content"]})
