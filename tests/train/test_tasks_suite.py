@@ -386,9 +386,11 @@ def test_gaps_reach_the_longest_distance_and_leave_half_alone():
     assert 190 <= max(last) <= 199
 
 
-@pytest.mark.parametrize("fields", [{"tokens": 100}, {"questions": 0}, {"fill": 0.5}])
+@pytest.mark.parametrize(
+    "fields", [{"tokens": 140}, {"questions": 0}, {"fill": 0.1}, {"fill": 1.1}]
+)
 def test_settings_without_examples_are_refused(fields):
-    with pytest.raises(InputError, match="give 144 tokens"):
+    with pytest.raises(InputError, match="fill 108 tokens"):
         dataclasses.replace(Setting(), **fields)
 
 

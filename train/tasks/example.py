@@ -19,11 +19,11 @@ class Setting:
     """How long an example is and how hard.
 
     Attributes:
-        tokens: the most that the whole chat has, answers included; at least 144.
+        tokens: the most that the whole chat has, answers included.
         questions: the most that are asked of a document; fewer where they would take more than
             about half of the tokens.
-        fill: the least share of `tokens` that an example is drawn to fill, from 0.75; 1 is always
-            all.
+        fill: the least share of `tokens` that an example is drawn to fill, and no less than 108
+            tokens; 1 is always all.
         shared_words: whether records share the words of their keys. Without it one word finds a
             record: where learning starts.
     """
@@ -34,8 +34,8 @@ class Setting:
     shared_words: bool = True
 
     def __post_init__(self) -> None:
-        if self.tokens < 144 or self.questions < 1 or not 0.75 <= self.fill <= 1:
-            raise InputError(f"{self}: give 144 tokens, a question, a fill of 0.75 to 1, or more")
+        if self.questions < 1 or not 108 <= self.fill * self.tokens <= self.tokens:
+            raise InputError(f"{self}: ask 1 question or more, fill 108 tokens or more, 1 at most")
 
 
 @dataclasses.dataclass(frozen=True)
