@@ -39,15 +39,26 @@ def matrix_parameters(config: DecoderConfig) -> int:
     return config.num_layers * layer + config.vocab_size * config.embed_dim
 
 
-def decoder_step_flops(config: DecoderConfig, rows: int, length: int) -> float:
+def decoder_step_flops(
+    config: DecoderConfig, rows: int, length: int, predicted: int | None = None
+) -> float:
     """FLOPs of a training step on `rows` sequences of `length` tokens.
 
     That is 6 for each parameter in a product and token (2 forwards, 4 backwards), and 12 for each
     pair of a query and a key that it sees, head and channel.
+
+    Args:
+        config: of the decoder.
+        rows: sequences.
+        length: tokens of each.
+        predicted: for how many tokens of each there are logits; None is all of them.
     """
     pairs = 0
     for window in config.windows or (0,) * config.num_layers:
         seen = min(window or length, length)  # by the last query; the first ones see fewer
         pairs += seen * (seen + 1) // 2 + (length - seen) * seen
     attention = 12 * config.num_heads * config.head_dim * pairs
-    return float(rows * (6 * matrix_parameters(config) * length + attention))
+    output = config.vocab_size * config.embed_dim
+    layers = matrix_parameters(config) - output
+    logits = output * (length if predicted is None else predicted)
+    return float(rows * (6 * (layers * length + logits) + attention))

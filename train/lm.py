@@ -5,6 +5,7 @@ answer. Documents grow in stages, since finding a value is learnt soonest where 
 """
 
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -27,8 +28,14 @@ from kvjax.models.hf import save
 from kvjax.models.hf_config import config_fields
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.train.chat import PAD, save_tokenizer, train_tokenizer
+from kvjax.train.data import step_dataset
+from kvjax.train.flops import decoder_step_flops
 from kvjax.train.lm_config import LMConfig, read_config
-from kvjax.train.loop import Loss, Metrics, init_state, make_step, run
+from kvjax.train.loop import run
+from kvjax.train.losses import cross_entropy, output_kernel
+from kvjax.train.metrics import Work
+from kvjax.train.remat import layer_remat
+from kvjax.train.step import Loss, Sums, init_state, make_mesh, make_step
 from kvjax.train.tasks import Difficulty, Mixture
 from kvjax.train.tasks.encode import ChatEncoder, stretch
 
@@ -115,29 +122,30 @@ def encode_batch(
     return batch
 
 
-def _forward(
-    graph: nnx.GraphDef[Any], params: nnx.State[Any, Any], batch: Batch
-) -> tuple[Array, Array]:
-    """Logits float32[B, A, V] of the answers' tokens, and the tokens int32[B, A]."""
-    decoder = nnx.merge(graph, params)
+def _answers(decoder: Decoder, batch: Batch, remat: str = "none") -> tuple[Array, Array]:
+    """Hidden states [B, A, E] from which the answers' tokens are predicted, and int32[B, A] those.
+
+    The output layer is the costlier the more tokens there are; only answers pay for it.
+    """
     windows = decoder.config.layer_windows()
     if batch.window is not None:
         windows = jnp.zeros(decoder.config.num_layers, jnp.int32) if windows is None else windows
         windows = windows.at[0].set(batch.window)
-    hidden, _ = decoder(batch.tokens, batch.positions, (), causal_attend(windows))
+    attend = causal_attend(windows)
+    hidden, _ = decoder(batch.tokens, batch.positions, (), attend, remat=layer_remat(remat))
     hidden = jnp.take_along_axis(hidden, batch.places[..., None], axis=1)
-    return decoder.logits(hidden), jnp.take_along_axis(batch.tokens, batch.places + 1, axis=1)
+    return hidden, jnp.take_along_axis(batch.tokens, batch.places + 1, axis=1)
 
 
-def answer_loss(graph: nnx.GraphDef[Any]) -> Loss:
-    """The mean cross-entropy of the answers' tokens, in nats, and the share that is right."""
+def answer_loss(graph: nnx.GraphDef[Any], remat: str = "none") -> Loss:
+    """The cross-entropy of the answers' tokens, in nats; the metric is `accuracy`, of tokens."""
 
-    def loss(params: nnx.State[Any, Any], batch: Batch) -> tuple[Array, Metrics]:
-        logits, targets = _forward(graph, params, batch)
-        total = jnp.sum(batch.weights)
-        nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        right = jnp.where(jnp.argmax(logits, axis=-1) == targets, batch.weights, 0.0)
-        return jnp.sum(nats * batch.weights) / total, {"accuracy": jnp.sum(right) / total}
+    def loss(params: nnx.State[Any, Any], batch: Batch) -> Sums:
+        decoder = nnx.merge(graph, params)
+        hidden, targets = _answers(decoder, batch, remat)
+        kernel = output_kernel(decoder, hidden.dtype)
+        nats, right = cross_entropy(hidden, kernel, targets, batch.weights)
+        return Sums(nats, jnp.sum(batch.weights), {"accuracy": right})
 
     return loss
 
@@ -153,8 +161,10 @@ def exact_match_rate(
 
     @jax.jit
     def right(params: nnx.State[Any, Any], batch: Batch) -> Array:
-        logits, targets = _forward(graph, params, batch)
-        return jnp.all((jnp.argmax(logits, -1) == targets) | (batch.weights == 0), axis=-1)
+        decoder = nnx.merge(graph, params)
+        hidden, targets = _answers(decoder, batch)
+        found = jnp.argmax(decoder.logits(hidden), axis=-1)
+        return jnp.all((found == targets) | (batch.weights == 0), axis=-1)
 
     difficulty = config.eval_difficulty.alone()
     count, longest = config.eval_prompts, config.model.max_positions
@@ -199,7 +209,7 @@ def make_batches(config: LMConfig, tokenizer: Tokenizer) -> Callable[[int], Batc
 
 
 def make_optimizer(config: LMConfig) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024) for the kernels and Adam for the rest, behind a clipped gradient.
+    """Muon (Jordan et al. 2024) for the kernels and Adam for the rest.
 
     The learning rate warms up and follows a cosine. Muon is here for its speed: on this task it
     reaches a loss in about half of AdamW's steps. Its steps are scaled to the size of Adam's
@@ -212,13 +222,12 @@ def make_optimizer(config: LMConfig) -> optax.GradientTransformation:
         decay_steps=config.steps,
         end_value=0.01 * config.learning_rate,
     )
-    muon = optax.contrib.muon(
+    return optax.contrib.muon(
         schedule,
         adam_b2=config.adam_b2,
         consistent_rms=0.2,
         muon_weight_dimension_numbers=_matrices,
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), muon)
 
 
 def _matrices(params: Any) -> Any:
@@ -258,28 +267,38 @@ def train(config: LMConfig, folder: Path) -> dict[str, Any]:
             f"model.vocab_size is {config.model.vocab_size}, less than the tokenizer's "
             f"{tokenizer.vocab_size}: give that or more"
         )
+    machine = config.machine
+    mesh = make_mesh(machine.data, machine.fsdp, machine.model)
     _settle(folder, config)
     graph, params = first_decoder(config)
     optimizer = make_optimizer(config)
     start = time.perf_counter()
     state = run(
-        make_step(answer_loss(graph), optimizer),
-        init_state(params, optimizer),
-        make_batches(config, tokenizer),
+        make_step(answer_loss(graph, config.remat), optimizer, config.step, mesh=mesh),
+        init_state(params, optimizer, mesh=mesh, ema=config.step.ema_decay is not None),
+        step_dataset(make_batches(config, tokenizer), config.steps, workers=machine.workers),
         steps=config.steps, folder=folder,
         save_every=config.save_every, log_every=config.log_every,
+        keep_last=machine.keep_last, keep_every=machine.keep_every,
+        work=functools.partial(_work, config), tensorboard=machine.tensorboard,
     )  # fmt: skip
-    seconds = time.perf_counter() - start
-    save(folder / "model", config.model, state.params, dtype="float32")
+    seconds, params = time.perf_counter() - start, state.best_params
+    save(folder / "model", config.model, params, dtype="float32")
     save_tokenizer(folder / "model", tokenizer, max_positions=config.model.max_positions)
     return {
         "steps": int(state.step),
         "seconds": round(seconds, 1),
-        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
-        "exact_match": exact_match_rate(graph, state.params, tokenizer, config),
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "exact_match": exact_match_rate(graph, params, tokenizer, config),
         "eval_prompts": config.eval_prompts,
         "model": str(folder / "model"),
     }
+
+
+def _work(config: LMConfig, batch: Batch) -> Work:
+    rows, length = batch.tokens.shape
+    flops = decoder_step_flops(config.model, rows, length, batch.places.shape[1])
+    return Work(batch.tokens.size, flops)
 
 
 def _settle(folder: Path, config: LMConfig) -> None:
@@ -287,6 +306,7 @@ def _settle(folder: Path, config: LMConfig) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: give --out a folder for the run")
     path, fields = folder / "run.json", json.loads(json.dumps(dataclasses.asdict(config)))
+    del fields["machine"]  # the same run may go on elsewhere
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

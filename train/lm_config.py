@@ -6,9 +6,11 @@ import pkgutil
 
 from kvjax.errors import InputError
 from kvjax.models.decoder import DecoderConfig
+from kvjax.train.remat import layer_remat
+from kvjax.train.step import StepOptions
 from kvjax.train.tasks import Difficulty, Mixture
 
-__all__ = ["LMConfig", "Stage", "read_config"]
+__all__ = ["LMConfig", "Machine", "Stage", "read_config"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,29 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a run uses of the machine that it is on; a run may be resumed with other values.
+
+    Attributes:
+        data: devices that hold copies of the model, each with its part of the batch.
+        fsdp: devices over which the parameters and the batch are split.
+        model: devices over which heads, MLP and vocabulary are split.
+        workers: processes that make batches; 0 is a thread.
+        keep_last: how many of the newest checkpoints are kept.
+        keep_every: checkpoints of steps that this divides are kept too.
+        tensorboard: whether to write TensorBoard's files.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    model: int = 1
+    workers: int = 0
+    keep_last: int = 2
+    keep_every: int | None = None
+    tensorboard: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LMConfig:
     """A training run of `kvjax train lm`.
 
@@ -47,7 +72,9 @@ class LMConfig:
         learning_rate: the highest; after the warm-up a cosine takes it to 1 % of that.
         warmup_steps: in which the learning rate rises from 0.
         adam_b2: of Adam, which trains the embedding and the norms.
-        clip_norm: the largest norm of a gradient.
+        step: how a step computes: type, parts, clipping, average.
+        remat: what layers compute again in the backward pass, see `layer_remat`.
+        machine: what of the machine is used.
         seed: of the data and of the first parameters.
         eval_seed: of the documents on which the result is measured; other than `seed`.
         eval_prompts: how many, one question each.
@@ -63,7 +90,9 @@ class LMConfig:
     learning_rate: float = 6e-3
     warmup_steps: int = 50
     adam_b2: float = 0.98
-    clip_norm: float = 1.0
+    step: StepOptions = dataclasses.field(default_factory=lambda: StepOptions(clip_norm=1.0))
+    remat: str = "none"
+    machine: Machine = dataclasses.field(default_factory=Machine)
     seed: int = 0
     eval_seed: int = 1_000_000
     eval_prompts: int = 256
@@ -77,6 +106,8 @@ class LMConfig:
         for name in ("steps", "eval_prompts", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: give 1 or more")
+        self.step.check()
+        layer_remat(self.remat)
         longest = max(stage.length for stage in self.stages)
         if longest > self.model.max_positions:
             raise InputError(

@@ -1,163 +1,113 @@
-"""The training loop that every program here shares: a pure step, checkpoints, metrics, progress.
+"""The training loop that every program here shares: data, steps, checkpoints, metrics.
 
-The step is a jitted function of the state and a batch, and the batch a function of the step's
-number. So a run that was killed goes on from its last checkpoint as if nothing had happened: same
-data, same numbers, bit for bit.
+The step is a jitted function of the state and a batch, and the data an iterator whose place is
+saved with the state. So a run that was killed goes on from its last checkpoint as if nothing had
+happened: same data, same parameters, same lines of metrics, bit for bit.
 """
 
-import collections
-import dataclasses
-import functools
-import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
-import jax.numpy as jnp
-import optax
-import orbax.checkpoint as ocp
-from tqdm import tqdm
+from jax.sharding import Mesh, NamedSharding
 
-__all__ = ["Loss", "Step", "TrainState", "init_state", "make_step", "run"]
+from kvjax.errors import InputError
+from kvjax.train.checkpoints import open_checkpoints
+from kvjax.train.flops import peak_flops
+from kvjax.train.metrics import MetricsLog, Work, open_tensorboard
+from kvjax.train.step import Step, TrainState, place_batch
 
-Array = jax.Array
-Metrics = Mapping[str, Array]
-Loss = Callable[[Any, Any], tuple[Array, Metrics]]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """All that a step changes.
-
-    Attributes:
-        step: int32 scalar, how many steps were taken.
-        params: the parameters, any pytree.
-        opt_state: the optimizer's.
-    """
-
-    step: Array
-    params: Any
-    opt_state: Any
-
-
-Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-
-
-def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
-    return TrainState(jnp.int32(0), params, optimizer.init(params))
-
-
-def make_step(loss: Loss, optimizer: optax.GradientTransformation) -> Step:
-    """A jitted step `(state, batch) -> (state, metrics)`; the state that goes in is donated.
-
-    Args:
-        loss: `(params, batch) -> (scalar, metrics)`, pure; metrics are scalars by name.
-        optimizer: the optax transformation, schedule and clipping included.
-    """
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        gradient = jax.value_and_grad(loss, has_aux=True)
-        (value, metrics), grads = gradient(state.params, batch)
-        # optax mixes counts with floats: strict promotion is for our own arithmetic.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            norm = optax.tree.norm(grads)
-        return TrainState(state.step + 1, params, opt_state), {
-            "loss": value,
-            "grad_norm": norm,
-            **metrics,
-        }
-
-    return step
+__all__ = ["run"]
 
 
 def run(
     step: Step,
     state: TrainState,
-    batches: Callable[[int], Any],
+    data: grain.IterDataset[Any],
     *,
     steps: int,
     folder: Path,
     save_every: int,
     log_every: int,
+    keep_last: int = 2,
+    keep_every: int | None = None,
+    work: Callable[[Any], Work] | None = None,
+    tensorboard: bool = False,
 ) -> TrainState:
     """Takes steps until there are `steps` of them, from the folder's last checkpoint if it has one.
 
-    Writes `folder`/checkpoints and `folder`/metrics.jsonl: one object every `log_every` steps with
-    the step, the seconds since this call, and the means of the metrics since the last line.
+    Writes `folder`/checkpoints, `folder`/metrics.jsonl (the step, and the means of the metrics
+    since the last line) and `folder`/speed.jsonl (tokens a second, and the model FLOP utilisation
+    where the device's peak is known).
 
     Args:
         step: from `make_step`.
-        state: where training starts; donated.
-        batches: the batch of a step, by its number from 0; a pure function.
+        state: where training starts, from `init_state`; donated. Its mesh is the run's, and a
+            checkpoint of another mesh is taken over.
+        data: the batches, one a step, see `place_batch`.
         steps: how many steps in all.
         folder: of the run; made where it does not exist.
         save_every: steps between checkpoints; the last step makes one too.
         log_every: steps between lines of metrics.
+        keep_last: how many of the newest checkpoints are kept.
+        keep_every: checkpoints of steps that this divides are kept too.
+        work: what a batch is, for the speed; None reports none.
+        tensorboard: whether to write `folder`/tensorboard too.
+
+    Raises:
+        InputError: the loss or the gradient is not finite, the disk is full, or the data end early;
+            the last good checkpoint is kept.
     """
-    with _checkpoints(folder) as manager:
-        state = _restore(manager, state)
+    folder.mkdir(parents=True, exist_ok=True)
+    mesh, iterator = _mesh(state), iter(data)
+    with open_checkpoints(
+        folder / "checkpoints", keep_last=keep_last, keep_every=keep_every
+    ) as checkpoints:
+        state, pending = checkpoints.restore(state, iterator)
         first = int(state.step)
-        log = _MetricsLog(folder / "metrics.jsonl", first)
-        bar = tqdm(range(first, steps), initial=first, total=steps, unit="step", disable=None)
-        for number in bar:
-            state, metrics = step(state, batches(number))
-            done = number + 1
-            log.add(metrics)
-            if done % log_every == 0 or done == steps:
-                log.write(done)
-            if done % save_every == 0 or done == steps:
-                manager.save(done, args=ocp.args.StandardSave(state))
+        log = MetricsLog(
+            folder, first=first, steps=steps, log_every=log_every, pending=pending,
+            peak_flops=_peak(mesh), kept=checkpoints.kept,
+            tensorboard=open_tensorboard(folder / "tensorboard", first) if tensorboard else None,
+        )  # fmt: skip
+        try:
+            for done in range(first + 1, steps + 1):
+                batch = _next(iterator, done)
+                state, metrics = step(state, place_batch(batch, mesh))
+                log.add(done, metrics, work(batch) if work else Work(0))
+                if done % save_every == 0 or done == steps:
+                    log.flush()  # A checkpoint is good: its loss was finite, its lines are written.
+                    checkpoints.save(done, state, iterator, log.pending())
+            checkpoints.finish()
+        except OSError as error:
+            raise InputError(
+                f"{folder}: writing failed ({error}); {checkpoints.kept()}: make room and run the "
+                "same command again"
+            ) from None
+        finally:
+            log.close()
     return state
 
 
-def _checkpoints(folder: Path) -> ocp.CheckpointManager:
-    # Not asynchronous: on the CPU a save in the background would read the buffers that the next
-    # step, to which they are donated, writes.
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=2, create=True, enable_async_checkpointing=False
-    )
-    return ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
+def _next(iterator: grain.DatasetIterator, step: int) -> Any:
+    try:
+        return next(iterator)
+    except StopIteration:
+        raise InputError(
+            f"the data end before step {step}: repeat them, or ask for fewer steps"
+        ) from None
 
 
-def _restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState:
-    last = manager.latest_step()
-    if last is None:
-        return state
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
-    restored: Any = manager.restore(last, args=ocp.args.StandardRestore(like))
-    return restored
+def _mesh(state: TrainState) -> Mesh | None:
+    sharding = state.step.sharding
+    found = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return found if isinstance(found, Mesh) else None
 
 
-class _MetricsLog:
-    """Lines of metrics in a file, without those that steps after `first` left there before."""
-
-    def __init__(self, path: Path, first: int) -> None:
-        self.path, self.start = path, time.perf_counter()
-        self.waiting: dict[str, list[Array]] = collections.defaultdict(list)
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        # What follows the last line break is what a killed run did not finish.
-        lines = text.splitlines()[: text.count("\n")]
-        kept = [line for line in lines if json.loads(line)["step"] <= first]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-    def add(self, metrics: Metrics) -> None:
-        """Keeps a step's metrics, without waiting for the device."""
-        for name, value in metrics.items():
-            self.waiting[name].append(value)
-
-    def write(self, step: int) -> None:
-        """Writes a line with the means of what was kept."""
-        means = {name: sum(map(float, v)) / len(v) for name, v in self.waiting.items()}
-        self.waiting.clear()
-        row = {"step": step, "seconds": round(time.perf_counter() - self.start, 3), **means}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+def _peak(mesh: Mesh | None) -> float | None:
+    """FLOP/s of all of the run's devices, where their kind is known."""
+    devices = list(mesh.devices.flat) if mesh is not None else jax.devices()[:1]
+    one = peak_flops(devices[0].device_kind)
+    return one and one * len(devices)

@@ -60,7 +60,8 @@ def _sums_and_gradient(
         x, targets, weights = part
         part_nats, part_right, logits, lse = _chunk(x, kernel, targets, weights)
         # The gradient of the logits: probabilities, less one at the target.
-        hit = targets[..., None] == jnp.arange(kernel.shape[1], dtype=targets.dtype)
+        ids = jnp.arange(kernel.shape[1], dtype=targets.dtype)[None, None]
+        hit = (targets[..., None] == ids).astype(jnp.float32)
         delta = (jnp.exp(logits - lse[..., None]) - hit) * weights[..., None]
         delta = delta.astype(x.dtype)
         kernel_grad += _product("bte,btv->ev", x, delta)

@@ -88,7 +88,8 @@ class StepOptions:
     ema_decay: float | None = None
     deterministic: bool = False
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises InputError for a value that cannot be used; `make_step` asks, and configs do."""
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise InputError(f"compute_dtype is {self.compute_dtype!r}: use float32 or bfloat16")
         if self.microbatches < 1:
@@ -147,16 +148,15 @@ def init_state(
     return jax.jit(build, out_shardings=shardings)(params)
 
 
-def place_batch(batch: Any, mesh: Mesh | None, microbatches: int = 1) -> Any:
+def place_batch(batch: Any, mesh: Mesh | None) -> Any:
     """The batch on the devices, its rows split over the mesh's axes for them.
 
     Args:
         batch: a tree of arrays [B, ...] and scalars, with this process's share of the rows.
         mesh: of the state; None is the default device.
-        microbatches: parts that the step takes the batch in.
 
     Raises:
-        InputError: the rows cannot be divided over the devices and the parts.
+        InputError: the rows cannot be divided over the devices.
     """
     if mesh is None:
         return jax.device_put(batch)
@@ -166,10 +166,10 @@ def place_batch(batch: Any, mesh: Mesh | None, microbatches: int = 1) -> Any:
         x = np.asarray(x)
         axes = ("batch",) + (None,) * (x.ndim - 1) if x.ndim else ()
         rows = x.shape[0] * jax.process_count() if x.ndim else 0
-        if rows % (parts * microbatches):
+        if rows % parts:
             raise InputError(
-                f"a batch of {rows} rows cannot be split over {parts} devices in {microbatches} "
-                f"parts each: make the batch a multiple of {parts * microbatches}"
+                f"a batch of {rows} rows cannot be split over {parts} devices: make the batch a "
+                f"multiple of {parts}, or data and fsdp smaller"
             )
         return jax.make_array_from_process_local_data(NamedSharding(mesh, spec(axes, mesh)), x)
 
@@ -195,7 +195,8 @@ def make_step(
         options: how to compute.
         mesh: where the state lives; None is the default device.
     """
-    # Only XLA's GPU backend knows the option, and only it needs it.
+    options.check()
+    # Only GPUs need to be asked.
     exact = {"xla_gpu_deterministic_ops": True} if options.deterministic else None
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=exact)
@@ -253,6 +254,11 @@ def _split(x: Array, count: int) -> Array:
     """[B, ...] as [count, B / count, ...]; a scalar goes with every part."""
     if x.ndim == 0:
         return jnp.broadcast_to(x, (count,))
+    if x.shape[0] % count:
+        raise InputError(
+            f"a batch of {x.shape[0]} rows cannot be taken in {count} parts: make the batch a "
+            "multiple of microbatches"
+        )
     # Every count-th row, so that each part has rows of every device and none has to travel.
     return jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
 

@@ -94,9 +94,10 @@ def test_loss_of_even_logits_is_log_of_the_vocabulary(tokenizer):
     graph, params = split_decoder()
     params = jax.tree.map(jnp.zeros_like, params)
     batch = lm.encode_batch(ChatEncoder(tokenizer), 4, 10, 2, 96, SMALL)
-    value, metrics = jax.jit(lm.answer_loss(graph))(params, batch)
-    np.testing.assert_allclose(value, np.log(512), rtol=1e-6)  # float32 rounding
-    assert metrics["accuracy"] == 0  # all tokens are as likely: token 0, padding, wins
+    sums = jax.jit(lm.answer_loss(graph))(params, batch)
+    assert sums.weight == batch.weights.sum() == 20  # two documents, two answers, five tokens
+    np.testing.assert_allclose(sums.loss / sums.weight, np.log(512), rtol=1e-6)  # float32 rounding
+    assert sums.metrics["accuracy"] == 0  # no token is likelier than all others
 
 
 def test_weights_of_padding_change_nothing(tokenizer):
@@ -111,7 +112,8 @@ def test_weights_of_padding_change_nothing(tokenizer):
     )
     loss = jax.jit(lm.answer_loss(graph))
     # Sums over other lengths round differently in float32.
-    np.testing.assert_allclose(loss(params, batch)[0], loss(params, more)[0], rtol=1e-5)
+    np.testing.assert_allclose(loss(params, batch).loss, loss(params, more).loss, rtol=1e-5)
+    assert loss(params, batch).weight == loss(params, more).weight
 
 
 def test_batches_follow_the_stages_and_repeat_nothing(tokenizer):
@@ -164,6 +166,7 @@ def test_fields_of_a_config_can_be_set(toy, tmp_path, monkeypatch):
         lm.main(["--out", str(tmp_path), "--steps", "2", "--model.mlp-dim", "8"])
     settings = json.loads((tmp_path / "run.json").read_text())
     assert asked == [settings["steps"]] == [2]
+    assert "machine" not in settings  # a run may go on with other devices
     assert settings["model"] == dataclasses.asdict(CONFIG.model) | {"mlp_dim": 8, "windows": []}
     with pytest.raises(InputError, match=r"other settings \(model\.mlp_dim, steps\)"):
         lm.main(["--out", str(tmp_path)])
@@ -175,6 +178,10 @@ def test_fields_of_a_config_can_be_set(toy, tmp_path, monkeypatch):
         (["--steps", "0"], "steps is 0"),
         (["--stages.0.share", "0.9"], "sum to 1.4"),
         (["--model.vocab-size", "100"], "vocab_size is 100"),
+        (["--step.microbatches", "0"], "microbatches is 0"),
+        (["--step.compute-dtype", "float8"], "compute_dtype is 'float8'"),
+        (["--remat", "all"], "remat is 'all'"),
+        (["--machine.data", "99"], "needs 99 devices"),
         (["--model.max-positions", "64"], "max_positions 64"),
     ],
 )
