@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import grain
+from absl import flags
 
 __all__ = ["step_dataset"]
 
@@ -26,6 +27,8 @@ def step_dataset(
     dataset = grain.MapDataset.range(steps).map(batch)
     if not workers:
         return dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+    if not flags.FLAGS.is_parsed():  # grain asks its flags there; ours is no program of absl's
+        flags.FLAGS.mark_as_parsed()
     inline = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=4)
     return dataset.to_iter_dataset(inline).mp_prefetch(options)
