@@ -3,5 +3,6 @@
 from kvjax.infer.answers import Chunk, Completion, TokenLogprob
 from kvjax.infer.llm import LLM
 from kvjax.infer.sampling import SamplingParams
+from kvjax.infer.scores import Score
 
-__all__ = ["LLM", "Chunk", "Completion", "SamplingParams", "TokenLogprob"]
+__all__ = ["LLM", "Chunk", "Completion", "SamplingParams", "Score", "TokenLogprob"]

@@ -11,9 +11,12 @@ import jax
 from kvjax.cache import OutOfPages
 from kvjax.errors import InputError
 from kvjax.infer.answers import Answer, Chunk, Completion
+from kvjax.infer.chat import Chat
 from kvjax.infer.compilations import keep_compilations
 from kvjax.infer.engine import Engine
+from kvjax.infer.prefix import Prefix, check_idle, load_prefix, save_prefix
 from kvjax.infer.sampling import MAX_STOP_IDS, SamplingParams
+from kvjax.infer.scores import Score, join, score_of, scoring
 from kvjax.infer.sizes import choose_grid, choose_num_pages
 from kvjax.models import hf
 from kvjax.models.tokenizer import TextStream, Tokenizer, named_ids
@@ -158,6 +161,98 @@ class LLM:
         ]
         return self._run(requests)
 
+    def score(
+        self, prompts: Sequence[Prompt], continuations: Sequence[str | Sequence[int]]
+    ) -> list[Score]:
+        """How likely given continuations are; of equal prompts all but one find the pages.
+
+        Args:
+            prompts: text, token ids or chat messages, one for each continuation.
+            continuations: text or token ids; after a chat, the answer.
+
+        Raises:
+            InputError: something has no tokens or too many; nothing was computed.
+        """
+        if len(prompts) != len(continuations):
+            raise InputError(f"{len(prompts)} prompts for {len(continuations)} continuations")
+        pairs = zip(prompts, continuations, strict=True)
+        joined = [join(self.tokenizer, prompt, continuation) for prompt, continuation in pairs]
+        params = [scoring(start) for _, start in joined]
+        return [score_of(done) for done in self.generate([ids for ids, _ in joined], params)]
+
+    def chat(self, system: str | None = None, messages: Sequence[Message] = ()) -> Chat:
+        """Begins a conversation whose turns go on from the pages of those before.
+
+        Args:
+            system: what the model is told first; None: nothing.
+            messages: what was said before.
+
+        >>> with LLM.load("tiny").chat("The code of the red heron is 2350.") as chat:
+        ...     chat.send("What is the code of the red heron?").text
+        '2350'
+        """
+        told = [] if system is None else [{"role": "system", "content": system}]
+        return Chat(self, [*told, *messages])
+
+    def load_chat(self, path: str | Path) -> Chat:
+        """Goes on with a conversation that `Chat.save` wrote.
+
+        Raises:
+            InputError: the file is damaged, of another model or page size, or no chat, or there
+                is no room for its pages.
+        """
+        return Chat.load(self, path)
+
+    def save_prefix(self, prompt: Prompt, path: str | Path) -> int:
+        """Writes the keys and values of a prompt to a file, for `load_prefix`.
+
+        Only whole pages are written; computed is what is not in the cache already.
+
+        Args:
+            prompt: what later prompts will begin with: text, token ids or the messages of a chat.
+            path: replaced if it exists; it appears whole or not at all.
+
+        Returns:
+            How many tokens were written.
+
+        Raises:
+            InputError: the prompt fills no page, or the file cannot be written.
+        """
+        if self.tokenizer and not isinstance(prompt, str) and prompt and not isinstance(prompt[0], int):
+            prompt = self.tokenizer.encode_chat(prompt, add_generation_prompt=False)
+        ids = self.check(prompt)
+        with Prefix(self.engine) as prefix:
+            self._compute(prefix, ids)
+            save_prefix(prefix, path, {"kind": "prefix"})
+            return len(prefix.tokens)
+
+    def _compute(self, prefix: Prefix, ids: tuple[int, ...]) -> None:
+        """Makes a prefix hold the whole pages of a prompt."""
+        size = self.engine.grid.page_size
+        whole = len(ids) // size * size
+        if not whole:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens, fewer than a page of {size}: nothing to save"
+            )
+        check_idle(self.engine)
+        prefix.follow(ids[:whole])
+        if len(prefix.tokens) < whole:
+            request, answer = self._request(0, 0, ids, SamplingParams())
+            for _ in self._run([(dataclasses.replace(request, max_tokens=0), answer)]):
+                pass
+            prefix.follow(ids[:whole])
+
+    def load_prefix(self, path: str | Path) -> Prefix:
+        """Reads what `save_prefix` wrote: prompts that begin with it are not computed again.
+
+        Its pages are held until `close`, or the end of a `with`.
+
+        Raises:
+            InputError: the file is damaged, of another model or page size, or no prefix, or there
+                is no room for its pages.
+        """
+        return load_prefix(self.engine, path, "prefix")[0]
+
     def check(self, prompt: Prompt, params: SamplingParams | None = None) -> tuple[int, ...]:
         """The tokens of a prompt.
 
@@ -205,7 +300,8 @@ class LLM:
         params = dataclasses.replace(params, seed=(seed + choice) % 2**32)
         capacity = self.engine.planner.capacity
         # The prompt's scores are its first answer's: the others would only compute them again.
-        score_from = 1 if params.prompt_logprobs is not None and choice == 0 else None
+        scored = params.prompt_logprobs is not None and choice == 0
+        score_from = min(params.prompt_logprobs_from, len(prompt)) if scored else None
         request = Request(
             id=self._next_id,
             prompt=prompt,

@@ -42,6 +42,8 @@ class SamplingParams:
         logprobs: how many alternatives come with each token and its log-probability, at most 20;
             None: no log-probabilities.
         prompt_logprobs: the same of the prompt's tokens.
+        prompt_logprobs_from: the first of them; those before may be found in the cache instead of
+            being computed. The very first token has none: nothing predicts it.
     """
 
     max_tokens: int | None = 256
@@ -61,6 +63,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_from: int = 1
 
     def __post_init__(self) -> None:
         least = 0 if self.prompt_logprobs is not None else 1  # a prompt may be scored by itself
@@ -99,4 +102,5 @@ _RANGES = (
     ("n", 1, 1024),
     ("logprobs", 0, MAX_LOGPROBS),
     ("prompt_logprobs", 0, MAX_LOGPROBS),
+    ("prompt_logprobs_from", 1, 2**31 - 1),
 )
