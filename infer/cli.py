@@ -14,11 +14,14 @@ _COMMANDS = {
     "generate": ("kvjax.infer.commands.generate", "continue a prompt, or answer a question"),
     "batch": ("kvjax.infer.commands.batch", "answer a file of requests"),
     "train lm": ("kvjax.train.lm", "train a small language model"),
+    "bench generate": ("kvjax.infer.bench.generate", "our tokens a second beside a peer's"),
+    "bench kernels": ("kvjax.infer.bench.kernels", "the kernels beside their peers and the floor"),
+    "bench train": ("kvjax.train.bench", "the training step beside a peer's"),
 }
 
 
 def _usage() -> str:
-    lines = [f"  {name:<10} {what}" for name, (_, what) in _COMMANDS.items()]
+    lines = [f"  {name:<14} {what}" for name, (_, what) in _COMMANDS.items()]
     return "usage: kvjax COMMAND [OPTIONS]\n\ncommands:\n{}\n\n{}".format(
         "\n".join(lines), "`kvjax COMMAND --help` says what a command takes."
     )
@@ -29,7 +32,7 @@ def _find(argv: Sequence[str]) -> tuple[str, list[str]]:
         words = name.split()
         if list(argv[: len(words)]) == words:
             return module, list(argv[len(words) :])
-    asked = " ".join(argv[:2]) if argv[:1] == ["train"] else argv[0]
+    asked = " ".join(argv[:2]) if argv[0] in ("train", "bench") else argv[0]
     raise InputError(f"no command {asked!r}: use one of {', '.join(_COMMANDS)}")
 
 

@@ -96,6 +96,11 @@ class Engine:
         self.state: EngineState = jax.device_put(state, self._shardings and self._shardings[0])
         self.planner: FirstCome = FirstCome(grid, PageLedger(num_pages), optimistic=optimistic)
 
+    @property
+    def params(self) -> Params:
+        """The decoder's parameters."""
+        return self._params
+
     def warm_up(self, progress: Callable[[int, int], Any] = lambda done, total: None) -> None:
         """Compiles every shape of the grid; afterwards nothing is ever compiled."""
         if self._programs:
@@ -196,7 +201,7 @@ def _wanted(planned: Planned, drawn: Drawn) -> tuple[Any, Any, Any]:
         drawn.token,
         drawn.logprobs if planned.step.logprobs else None,
         drawn.scores if scored else None,
-    )  # noqa: E501
+    )
 
 
 def _output(s: Sampled, logprobs: Logprobs | None, scores: Logprobs | None) -> Output:
