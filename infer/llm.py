@@ -218,8 +218,13 @@ class LLM:
         Raises:
             InputError: the prompt fills no page, or the file cannot be written.
         """
-        if self.tokenizer and not isinstance(prompt, str) and prompt and not isinstance(prompt[0], int):
-            prompt = self.tokenizer.encode_chat(prompt, add_generation_prompt=False)
+        if (
+            self.tokenizer
+            and not isinstance(prompt, str)
+            and prompt
+            and not isinstance(prompt[0], int)
+        ):
+            prompt = self.tokenizer.encode_chat(prompt, add_generation_prompt=False)  # pyright: ignore[reportArgumentType]
         ids = self.check(prompt)
         with Prefix(self.engine) as prefix:
             self._compute(prefix, ids)
@@ -279,8 +284,7 @@ class LLM:
         return ids
 
     def _tokens(self, prompt: Prompt) -> Sequence[int]:
-        is_chat = bool(prompt) and isinstance(prompt[0], Mapping)
-        if not isinstance(prompt, str) and not is_chat:
+        if not isinstance(prompt, str) and not _is_chat(prompt):
             return prompt  # pyright: ignore[reportReturnType]
         if self.tokenizer is None:
             raise InputError("the model's folder has no tokenizer.json: give token ids, or add it")
@@ -337,6 +341,10 @@ class LLM:
 def _named_tokens(params: SamplingParams) -> Iterator[tuple[str, Sequence[int]]]:
     yield "stop_ids", params.stop_ids
     yield "logit_bias", tuple(params.logit_bias)
+
+
+def _is_chat(prompt: Prompt) -> bool:
+    return bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
