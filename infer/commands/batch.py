@@ -4,14 +4,17 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import jax
 import tyro
 from tqdm import tqdm
 
-from kvjax.infer.batch import BatchSummary, answered_ids, read_requests, run_batch
+from kvjax.infer.batch import BatchSummary, run_batch
+from kvjax.infer.batch_form import read_requests
+from kvjax.infer.batch_output import open_output
 from kvjax.infer.commands.shared import ModelOptions, parse_arguments, warm_up
 from kvjax.infer.compilations import CompilationCount
 from kvjax.infer.llm import LLM
@@ -23,8 +26,10 @@ __all__ = ["Batch", "main"]
 class Batch(ModelOptions):
     """Answer a file of requests in the OpenAI batch form (one JSON object a line).
 
-    Each answer is appended to the output when it is finished. Run the same command again after an
-    interruption: what is answered is kept, the rest is answered.
+    Chats (/v1/chat/completions), completions (/v1/completions) and scores of given texts
+    (/v1/score, whose body is {"prompt", "continuation"}). Each answer is appended to the output
+    when it is finished. Run the same command again after an interruption: what is answered is kept,
+    the rest is answered, failed requests are tried again.
     """
 
     input: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN.jsonl")]
@@ -33,6 +38,9 @@ class Batch(ModelOptions):
     """Answers: {"id", "custom_id", "response", "error"} a line, as they finish."""
     max_rows: int = 64
     """Requests that are answered at the same time."""
+    optimistic: bool = False
+    """Begin requests before it is sure that memory lasts for all of them; where it ends, the
+    youngest wait and are computed again."""
     json: bool = False
     """End with one JSON object on stdout."""
 
@@ -41,50 +49,61 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, or 1 if a request failed."""
     args = parse_arguments(Batch, "kvjax batch", argv)
     requests = read_requests(args.input)
-    answered = answered_ids(args.output, args.model)  # a bad file is said before anything is loaded
-    llm = args.load(min(args.max_rows, len(requests)))
-    if any(request.custom_id not in answered for request in requests):
-        warm_up(llm)
-    start = time.perf_counter()
-    with (
-        CompilationCount() as compiled,
-        tqdm(total=len(requests), unit="request", disable=None) as bar,
-    ):
-
-        def progress(done: int, failed: int) -> None:
-            bar.set_postfix(failed=failed, refresh=False)
-            bar.update(done - bar.n)
-
-        summary = run_batch(
-            llm, requests, args.output, model=args.model, answered=answered, progress=progress
-        )
+    # What is wrong with the output is said before anything is loaded.
+    with open_output(args.output, args.model) as output:
+        llm = args.load(min(args.max_rows, len(requests)), optimistic=args.optimistic)
+        if any(request.custom_id not in output.answered for request in requests):
+            warm_up(llm)
+        start = time.perf_counter()
+        with (
+            CompilationCount() as compiled,
+            tqdm(total=len(requests), unit="request", disable=None) as bar,
+        ):
+            summary = run_batch(llm, requests, output, _show(bar, start))
     seconds = time.perf_counter() - start
-    _report(args, llm, summary, seconds, compiled.count)
+    figures = _figures(llm, summary, seconds, compiled.count)
+    if args.json:
+        print(json.dumps(figures))
+    else:
+        _report(args, summary, figures)
     return 1 if summary.failed else 0
 
 
-def _report(args: Batch, llm: LLM, summary: BatchSummary, seconds: float, compiled: int) -> None:
-    planner = llm.engine.planner
-    figures = {
+def _show(bar: tqdm, start: float) -> Callable[[int, BatchSummary], None]:
+    def progress(done: int, summary: BatchSummary) -> None:
+        rate = summary.output_tokens / (time.perf_counter() - start)
+        bar.set_postfix_str(f"{summary.failed} failed, {rate:.0f} tokens/s", refresh=False)
+        bar.update(done - bar.n)
+
+    return progress
+
+
+def _figures(llm: LLM, summary: BatchSummary, seconds: float, compiled: int) -> dict[str, Any]:
+    planner, cache = llm.engine.planner, llm.engine.cache
+    return {
         **dataclasses.asdict(summary),
         "prefill_tokens_computed": planner.prefill_tokens_computed,
         "seconds": round(seconds, 3),
         "tokens_per_second": round(summary.output_tokens / seconds, 1),
+        "kv_bytes": cache.nbytes(jax.default_backend()),
+        "pages": cache.num_pages,
         "peak_pages": planner.ledger.peak,
+        "preemptions": planner.preemptions,
         "compilations_after_warmup": compiled,
     }
-    if args.json:
-        print(json.dumps(figures))
-        return
+
+
+def _report(args: Batch, summary: BatchSummary, figures: dict[str, Any]) -> None:
     if summary.resumed == summary.requests:
         print(f"all {summary.requests} requests were answered before; delete {args.output} to redo")
         return
     answered = summary.requests - summary.failed
     resumed = f" ({summary.resumed} by an earlier run)" if summary.resumed else ""
     print(
-        f"{answered} of {summary.requests} requests answered{resumed} in {seconds:.1f} s, "
-        f"{figures['tokens_per_second']:.0f} tokens/s; of {summary.prompt_tokens} prompt tokens "
-        f"{planner.prefill_tokens_computed} were computed, the others shared. See {args.output}"
+        f"{answered} of {summary.requests} requests answered{resumed} in "
+        f"{figures['seconds']:.1f} s, {figures['tokens_per_second']:.0f} tokens/s; of "
+        f"{summary.prompt_tokens} prompt tokens {figures['prefill_tokens_computed']} were computed,"
+        f" the others shared. See {args.output}"
     )
     if summary.failed:
         print(f"{summary.failed} failed: their lines say why", file=sys.stderr)

@@ -12,6 +12,7 @@ import tyro
 
 from kvjax.errors import InputError
 from kvjax.infer.answers import Completion
+from kvjax.infer.batch_records import TokenNames, chat_logprobs
 from kvjax.infer.commands.shared import ModelOptions, parse_arguments, warm_up
 from kvjax.infer.compilations import CompilationCount
 from kvjax.infer.llm import LLM, Prompt
@@ -34,12 +35,30 @@ class Generate(ModelOptions):
     """Give the model the text as it is, without its chat template."""
     max_tokens: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """The most tokens to generate; by default until the model ends or its context is full."""
+    min_tokens: int = 0
+    """Do not let the model end before so many tokens."""
     temperature: float = 0.0
     """0 takes the likeliest token."""
+    top_k: int = 0
+    """Draw from so many likeliest tokens; 0: from all."""
     top_p: float = 1.0
     """Draw from the likeliest tokens whose probabilities reach this."""
+    min_p: float = 0.0
+    """Draw from tokens at least so likely as this times the likeliest one."""
+    repetition_penalty: float = 1.0
+    """Makes tokens of the prompt and the answer less likely; 1: no penalty."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens that stand in the answer."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit as often as it stands in the answer."""
     seed: int = 0
     """Of the draws."""
+    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")] = ()
+    """End the answer before this text; may be given several times."""
+    ignore_eos: bool = False
+    """Go on after the model's end token."""
+    logprobs: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """With --json, each token's log-probability and those of so many likeliest ones."""
     json: bool = False
     """Print nothing but one JSON object with the answer and its figures."""
 
@@ -47,17 +66,11 @@ class Generate(ModelOptions):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     args = parse_arguments(Generate, "kvjax generate", argv)
-    try:
-        params = SamplingParams(
-            max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p,
-            seed=args.seed,
-        )  # fmt: skip
-    except ValueError as e:
-        raise InputError(str(e)) from e
+    params = _params(args)
     text = _text(args)
-    llm = args.load(max_rows=1)
+    llm = args.load(max_rows=1, decode_steps=1)  # every token is shown as it comes
     prompt = _prompt(args, llm, text)
-    llm.check(prompt)
+    llm.check(prompt, params)
     warm_up(llm)
     start = time.perf_counter()
     with CompilationCount() as compiled:
@@ -65,6 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         _print_json(llm, completion, time.perf_counter() - start, compiled.count)
     return 0
+
+
+def _params(args: Generate) -> SamplingParams:
+    if args.logprobs is not None and not args.json:
+        raise InputError("--logprobs is shown by --json: give both")
+    names = {field.name for field in dataclasses.fields(SamplingParams)}
+    given = {name: value for name, value in vars(args).items() if name in names}
+    try:
+        return SamplingParams(**given)
+    except ValueError as e:
+        raise InputError(str(e)) from e
 
 
 def _text(args: Generate) -> str:
@@ -126,4 +150,6 @@ def _print_json(llm: LLM, completion: Completion, seconds: float, compiled: int)
         "peak_pages": planner.ledger.peak,
         "compilations_after_warmup": compiled,
     }
+    if completion.logprobs is not None:
+        figures["logprobs"] = chat_logprobs(completion.logprobs, TokenNames(llm.tokenizer))
     print(json.dumps(figures, ensure_ascii=False))

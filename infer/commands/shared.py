@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 from tqdm import tqdm
@@ -34,15 +34,15 @@ class ModelOptions:
     max_length: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
     """The longest sequence in tokens, prompt and answer together."""
 
-    def load(self, max_rows: int) -> LLM:
-        """The model with room for `max_rows` requests at a time."""
+    def load(self, max_rows: int, **options: Any) -> LLM:
+        """The model with room for `max_rows` requests at a time; see `LLM.load` for the options."""
         for option, value in (("--max-length", self.max_length), ("--max-rows", max_rows)):
             if value is not None and value < 1:
                 raise InputError(f"{option} must be 1 or more, not {value}")
         memory = None if self.kv_memory is None else parse_bytes(self.kv_memory)
         return LLM.load(
             self.model, dtype=self.dtype, kv_memory=memory, max_length=self.max_length,
-            max_rows=max_rows,
+            max_rows=max_rows, **options,
         )  # fmt: skip
 
 
