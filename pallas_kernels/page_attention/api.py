@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from kvjax.pallas_kernels.page_attention.gpu import page_attention_gpu, prepare_gpu, why_not
 from kvjax.pallas_kernels.page_attention.reference import page_attention_reference
+from kvjax.pallas_kernels.page_attention.tpu import page_attention_tpu
 from kvjax.pallas_kernels.page_attention.work import Pages, WorkList
 
 __all__ = ["page_attention", "prepare"]
@@ -37,8 +38,8 @@ def page_attention(
             None: all.
         soft_cap: scores become `soft_cap * tanh(score / soft_cap)`.
         scale: of the scores; None: D ** -0.5.
-        implementation: "reference", "gpu" (Hopper), or None for the best that the default device
-            can run.
+        implementation: "reference", "gpu" (Hopper), "tpu", or None for the best that the default
+            device can run.
 
     Returns:
         out [T, H, D] in q's dtype, and lse float32[T, H], the natural logarithm of the softmax
@@ -54,10 +55,17 @@ def page_attention(
     if work.query_position.shape != q.shape[:1]:
         raise ValueError(f"{work.query_position.shape=} does not fit {q.shape=}")
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    implementation = implementation or _best(pool, q.shape[1], q.dtype, scale)
-    if implementation == "reference":
+    best = implementation or _best(pool, q.shape[1], q.dtype, scale)
+    if best == "tpu":
+        try:
+            return page_attention_tpu(q, pool, layer, work, window, soft_cap, scale)
+        except NotImplementedError:
+            if implementation is not None:
+                raise
+            best = "reference"
+    if best == "reference":
         return page_attention_reference(q, pool, layer, work, window, soft_cap, scale)
-    if implementation == "gpu":
+    if best == "gpu":
         return page_attention_gpu(q, pool, layer, work, window, soft_cap, scale)
     raise NotImplementedError(f"page_attention has no {implementation=}")
 
@@ -95,11 +103,16 @@ def _best(pool: Pages, num_heads: int, dtype: jnp.dtype, scale: float | None = N
     """
     if why_not(pool, num_heads, dtype, scale) is None and _on_hopper():
         return "gpu"
-    return "reference"
+    return "tpu" if _device().platform == "tpu" else "reference"
 
 
-def _on_hopper() -> bool:
+def _device() -> jax.Device:
     device = jax.config.jax_default_device
     if device is None or isinstance(device, str):
         device = jax.local_devices(backend=device)[0]
+    return device
+
+
+def _on_hopper() -> bool:
+    device = _device()
     return device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"
