@@ -20,6 +20,7 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
+from jax.sharding import Mesh
 
 from kvjax.errors import InputError
 from kvjax.models.decoder import Decoder, DecoderConfig, Rope
@@ -29,6 +30,7 @@ from kvjax.train.step import (
     Step,
     StepOptions,
     TrainState,
+    abstract_state,
     init_state,
     make_mesh,
     make_step,
@@ -95,22 +97,20 @@ class BenchOptions:
         )  # fmt: skip
 
 
-def bench_step(options: BenchOptions) -> tuple[Step, nnx.State[Any, Any], Any]:
-    """The step, the shapes of the parameters as a tree, and the optimizer."""
+def bench_step(options: BenchOptions, mesh: Mesh) -> tuple[Step, TrainState]:
+    """The step, and the shapes of its state with their places on a mesh."""
     decoder = nnx.eval_shape(lambda: Decoder(options.model(), rngs=nnx.Rngs(0)))
-    graph, shapes = nnx.split(decoder)
-    optimizer = optax.adamw(
-        LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], eps=EPS, weight_decay=WEIGHT_DECAY
-    )
+    graph, params = nnx.split(decoder)
+    like = abstract_state(params, _optimizer(), mesh=mesh)
     loss = next_token_loss(graph, remat=options.remat, unroll=options.unroll, chunk=options.chunk)
-    step = make_step(
-        loss, optimizer,
-        StepOptions(
-            compute_dtype="bfloat16", clip_norm=CLIP_NORM, microbatches=options.microbatches
-        ),
-        mesh=make_mesh(),
-    )  # fmt: skip
-    return step, shapes, optimizer
+    step_options = StepOptions(
+        compute_dtype="bfloat16", clip_norm=CLIP_NORM, microbatches=options.microbatches
+    )
+    return make_step(loss, _optimizer(), step_options, like=like), like
+
+
+def _optimizer() -> optax.GradientTransformation:
+    return optax.adamw(LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], eps=EPS, weight_decay=WEIGHT_DECAY)
 
 
 def batches(options: BenchOptions, count: int) -> list[np.ndarray]:
@@ -122,10 +122,10 @@ def batches(options: BenchOptions, count: int) -> list[np.ndarray]:
 
 def measure(options: BenchOptions) -> dict[str, Any]:
     """Times kvjax's step on the default device."""
-    step, _, optimizer = bench_step(options)
-    params = nnx.state(Decoder(options.model(), rngs=nnx.Rngs(0)))
     mesh = make_mesh()
-    state = init_state(params, optimizer, mesh=mesh)
+    step, _ = bench_step(options, mesh)
+    params = nnx.state(Decoder(options.model(), rngs=nnx.Rngs(0)))
+    state = init_state(params, _optimizer(), mesh=mesh)
     del params
     start = time.perf_counter()
     data = [place_batch(x, mesh) for x in batches(options, 4)]

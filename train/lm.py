@@ -273,9 +273,10 @@ def train(config: LMConfig, folder: Path) -> dict[str, Any]:
     graph, params = first_decoder(config)
     optimizer = make_optimizer(config)
     start = time.perf_counter()
+    state = init_state(params, optimizer, mesh=mesh, ema=config.step.ema_decay is not None)
     state = run(
-        make_step(answer_loss(graph, config.remat), optimizer, config.step, mesh=mesh),
-        init_state(params, optimizer, mesh=mesh, ema=config.step.ema_decay is not None),
+        make_step(answer_loss(graph, config.remat), optimizer, config.step, like=state),
+        state,
         step_dataset(make_batches(config, tokenizer), config.steps, workers=machine.workers),
         steps=config.steps, folder=folder,
         save_every=config.save_every, log_every=config.log_every,

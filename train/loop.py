@@ -88,6 +88,7 @@ def run(
             ) from None
         finally:
             log.close()
+            iterator.close()  # ends grain's workers
     return state
 
 

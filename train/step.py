@@ -19,8 +19,8 @@ from kvjax.errors import InputError
 from kvjax.sharding import RULES, param_shardings, spec
 
 __all__ = [
-    "Loss", "Metrics", "Step", "StepOptions", "Sums", "TrainState", "cast_params", "init_state",
-    "make_mesh", "make_step", "place_batch",
+    "Loss", "Metrics", "Step", "StepOptions", "Sums", "TrainState", "abstract_state", "cast_params",
+    "init_state", "make_mesh", "make_step", "place_batch",
 ]  # fmt: skip
 
 Array = jax.Array
@@ -101,6 +101,7 @@ class StepOptions:
 
 
 Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+_PLAIN = StepOptions()
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1) -> Mesh:
@@ -137,15 +138,23 @@ def init_state(
         mesh: where the state lives, split as `kvjax.sharding` says; None is the default device.
         ema: whether to keep a moving average, which starts at the parameters.
     """
-
-    def build(params: Any) -> TrainState:
-        average = jax.tree.map(jnp.copy, params) if ema else None
-        return TrainState(
-            jnp.int32(0), jax.tree.map(jnp.copy, params), optimizer.init(params), average
-        )
-
+    build = functools.partial(_first_state, optimizer, ema)
     shardings = mesh and param_shardings(jax.eval_shape(build, params), mesh)
     return jax.jit(build, out_shardings=shardings)(params)
+
+
+def abstract_state(
+    params: Any, optimizer: optax.GradientTransformation, *, mesh: Mesh, ema: bool = False
+) -> TrainState:
+    """The shapes of `init_state`'s result with their shardings, from arrays or shapes."""
+    shapes = jax.eval_shape(functools.partial(_first_state, optimizer, ema), params)
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    return jax.tree.map(place, shapes, param_shardings(shapes, mesh))
+
+
+def _first_state(optimizer: optax.GradientTransformation, ema: bool, params: Any) -> TrainState:
+    copies = [jax.tree.map(jnp.copy, params) for _ in range(1 + ema)]
+    return TrainState(jnp.int32(0), copies[0], optimizer.init(params), *copies[1:])
 
 
 def place_batch(batch: Any, mesh: Mesh | None) -> Any:
@@ -179,9 +188,9 @@ def place_batch(batch: Any, mesh: Mesh | None) -> Any:
 def make_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
-    options: StepOptions = StepOptions(),
+    options: StepOptions = _PLAIN,
     *,
-    mesh: Mesh | None = None,
+    like: TrainState | None = None,
 ) -> Step:
     """A jitted step `(state, batch) -> (state, metrics)`; the state that goes in is donated.
 
@@ -193,16 +202,24 @@ def make_step(
             batch brings.
         optimizer: the optax transformation, with its schedule.
         options: how to compute.
-        mesh: where the state lives; None is the default device.
+        like: the state, or its shapes with their shardings: where the new state is to be. None
+            leaves that to the compiler, which is right for a state on one device without a mesh.
     """
     options.check()
     # Only GPUs need to be asked.
     exact = {"xla_gpu_deterministic_ops": True} if options.deterministic else None
 
-    @functools.partial(jax.jit, donate_argnums=0, compiler_options=exact)
+    # Said here and not by constraints inside: an axis of one device would come back unnamed, and
+    # the second step compile again.
+    places = like and jax.tree.map(lambda x: x.sharding, like)
+    out = places and (places, None)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=out, compiler_options=exact)
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         sums, grads = _gradient(loss, state.params, batch, options)
-        grads, norm = _scale(_like_params(grads, mesh), sums.weight, options.clip_norm)
+        if places is not None:
+            grads = jax.lax.with_sharding_constraint(grads, places.params)
+        grads, norm = _scale(grads, sums.weight, options.clip_norm)
         # optax mixes counts with floats: strict promotion is for our own arithmetic.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -210,7 +227,7 @@ def make_step(
         new = TrainState(state.step + 1, params, opt_state, _average(state.ema, params, options))
         metrics = {"loss": sums.loss, **sums.metrics}
         means = {name: value / sums.weight for name, value in metrics.items()}
-        return _like_params(new, mesh), {"grad_norm": norm} | means
+        return new, {"grad_norm": norm} | means
 
     return step
 
@@ -277,10 +294,3 @@ def _average(ema: Any, params: Any, options: StepOptions) -> Any:
         return ema
     decay = options.ema_decay
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
-
-
-def _like_params(tree: Any, mesh: Mesh | None) -> Any:
-    """Holds a tree to the places of its parameters; the compiler would choose others."""
-    if mesh is None:
-        return tree
-    return jax.lax.with_sharding_constraint(tree, param_shardings(tree, mesh))
