@@ -99,6 +99,7 @@ class _Row:
     limit: int  # tokens, prompt included, that it may come to
     tokens: list[int]  # those known
     inflight: int = 0  # drawn by calls whose results are not back
+    calls: int = 0  # these, and those that draw nothing for it
     length: int = 0  # tokens whose keys and values are planned
     scored: int = 0  # the next token of the prompt to score
     seat: int = -1
@@ -218,6 +219,7 @@ class FirstCome:
         for entry in planned.entries:
             row = entry.row
             row.inflight -= entry.draws
+            row.calls -= 1
             if not row.done:
                 tokens = drawn[: entry.draws, entry.column].tolist() if entry.draws else []
                 tokens, reason = self._take(row, tokens)
@@ -238,7 +240,7 @@ class FirstCome:
         known = row.tokens[len(row.branch) : row.length]
         if known:
             self.trie.settle(row.branch, known)
-        if reason is None and row in self._ending and not row.inflight:
+        if reason is None and row in self._ending and not row.calls:
             reason = "length"
         if reason:
             self._end(row)
@@ -349,6 +351,7 @@ class FirstCome:
                 blank = run.targets.count(-1)
                 scored = (place + blank, place + wanted)
             entries.append(_Entry(row, run.draws, column, scored))
+            row.calls += 1
             column += run.draws > 0
             place += len(run.tokens)
             if row.draws_left == 0 and row.length >= len(row.request.prompt):
