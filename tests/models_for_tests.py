@@ -11,6 +11,7 @@ import tokenizers
 from flax import nnx
 from tokenizers import decoders, models, pre_tokenizers
 
+from kvjax.infer import LLM
 from kvjax.models import Decoder, DecoderConfig, causal_attend, hf
 
 CONFIG = DecoderConfig(
@@ -74,3 +75,12 @@ def save_model(folder: Path, config=CONFIG, seed=0):
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return dataclasses.replace(config)
+
+
+def lean_llm(folder: Path, **options):
+    """A model behind an engine of two programs instead of many: two rows, chunks of 64 tokens."""
+    llm = LLM.load(folder, max_rows=2, page_size=4, token_budget=64, **options)
+    # Nothing is compiled yet, so that the shapes may still change.
+    grid = dataclasses.replace(llm.engine.grid, row_buckets=(2,))
+    llm.engine.grid = llm.engine.planner.grid = grid
+    return llm

@@ -9,7 +9,7 @@ import pytest
 
 from kvjax.cache import PageLedger
 from kvjax.errors import InputError
-from kvjax.infer import LLM, SamplingParams
+from kvjax.infer import SamplingParams
 from kvjax.infer.batch import run_batch
 from kvjax.infer.batch_form import read_requests
 from kvjax.infer.batch_output import open_output
@@ -20,7 +20,7 @@ from kvjax.plan import FirstCome
 def llm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     models_for_tests.save_model(folder)
-    return LLM.load(folder, max_rows=2, page_size=4, token_budget=64)
+    return models_for_tests.lean_llm(folder)
 
 
 def chat(custom_id, content="hello", **body):
@@ -289,9 +289,7 @@ def tight(tmp_path_factory):
     config = models_for_tests.save_model(folder)
     page = 2 * config.num_layers * config.num_kv_heads * 4 * config.head_dim * 4
     table = 4 * 2 * (64 + 1) + 4 * 2  # 2 rows of 256 tokens: pages, lengths, positions
-    return LLM.load(
-        folder, max_rows=2, page_size=4, token_budget=64, kv_memory=6 * page + table - 1
-    )
+    return models_for_tests.lean_llm(folder, kv_memory=6 * page + table - 1)
 
 
 @pytest.mark.parametrize("optimistic", [False, True])
