@@ -144,6 +144,7 @@ class FirstCome:
         self.trie: PrefixTrie = PrefixTrie(ledger, grid.page_size)
         self.prefill_tokens_computed: int = 0
         self.preemptions: int = 0
+        self._known: dict[int, _Row] = {}  # all unfinished ones, by the ids of their requests
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []  # seated, oldest first
         self._ending: list[_Row] = []  # all planned; their pages are held until their tokens come
@@ -174,11 +175,11 @@ class FirstCome:
         limit = min(len(request.prompt) + request.max_tokens, self.capacity + 1)
         row = _Row(request, limit, list(request.prompt), scored=request.score_from or 0)
         self._waiting.append(row)
+        self._known[request.id] = row
 
     def cancel(self, ids: Collection[int]) -> None:
         """Forgets requests, wherever they are."""
-        everyone = [*self._waiting, *self._rows, *self._ending]
-        for row in [row for row in everyone if row.request.id in ids]:
+        for row in [self._known[i] for i in ids if i in self._known]:
             self._end(row)
 
     def plan(self) -> Planned | None:
@@ -381,6 +382,7 @@ class FirstCome:
 
     def _end(self, row: _Row) -> None:
         row.done = True
+        del self._known[row.request.id]
         self.trie.release(row.branch)
         if row.seat >= 0:
             self._leave(row)
