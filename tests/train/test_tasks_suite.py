@@ -127,88 +127,89 @@ def test_a_reader_of_the_document_finds_every_answer(name, tokens):
 
 GOLDEN = {
     "passkey": (
-        "The code of the gold owl is 8328. At the west barn the quiet seal waited. The gold "
-        "owl met the wise rabbit. Some say the cold wren saw the wild wolf at the east field. "
-        "The big mole met the gold owl. Some say the gold owl saw the gold owl at the west "
-        "mill. The quiet lizard left the south gate before the gold owl. Nobody counted the "
-        "gold owl in 3249. Nobody counted the gold owl in 5959. Page 3086 names the pale "
-        "camel.",
+        "Nobody counted the wild wolf in 1458. At the east bridge the gold owl waited. Some "
+        "say the gold owl saw the red lizard at the west barn. Some say the gold owl saw the "
+        "quiet badger at the south harbour. The weight of the gold owl was never asked. The "
+        "quiet seal met the gold owl. The year of the gold owl was never asked. At the north "
+        "harbour the gold owl waited. Some say the gold owl saw the shy hare at the west "
+        "mill. The code of the gold owl is 8328.",
         "What is the code of the gold owl?",
         "8328",
     ),
     "multi_key": (
         "The price of the wise rabbit is 2522. The code of the white rabbit is 2349. The code "
-        "of the wise seal is 6983. Page 3644 names the gold trout. The price of the white "
+        "of the wise seal is 6983. Page 3644 names the wise rabbit. The price of the white "
         "rabbit is 7412. The price of the gold trout is 3066. The price of the wise seal is "
         "9892. The code of the wise rabbit is 8326. The code of the gold trout is 9807.",
         "What is the price of the wise seal?",
         "9892",
     ),
     "multi_query": (
-        "Page 4973 names the strong horse. The big fox left the west tower before the wise "
-        "rabbit. At the south field the wise trout waited. At the north gate the big mole "
-        "waited. The weight of the wise rabbit is 7417. Nobody counted the wise rabbit in "
-        "1283. The weight of the gold rabbit is 1153. The wise rabbit met the big fox. The "
-        "big wolf met the wise rabbit.",
+        "Page 4973 names the gold rabbit. The old hare left the west tower before the white "
+        "beaver. At the south field the wise rabbit waited. The code of the wise rabbit was "
+        "never asked. The weight of the wise rabbit is 7417. The weight of the wise rabbit "
+        "was never asked. The weight of the gold rabbit is 1153. The wise rabbit met the gold "
+        "rabbit. The gold rabbit met the short beaver.",
         "What are the weights of the wise rabbit and the gold rabbit?",
         "The wise rabbit 7417, the gold rabbit 1153",
     ),
     "multi_value": (
-        "The first year of the gold owl is 5846. The code of the pale lion was never asked. "
-        "The price of the blue lizard was never asked. The third year of the gold owl is "
-        "7417. The year of the gold owl was never asked. The gold owl left the north well "
-        "before the white lynx. Some say the weak goat saw the pale camel at the south barn. "
-        "The second year of the gold owl is 1153.",
+        "The price of the gold owl was never asked. The year of the gold owl was never asked. "
+        "The first year of the gold owl is 5846. The price of the pale lion was never asked. "
+        "Page 8682 names the old hare. The second year of the gold owl is 1153. The third "
+        "year of the gold owl is 7417. Some say the gold owl saw the big fox at the north "
+        "bridge.",
         "What are the three years of the gold owl?",
         "First 5846, second 1153, third 7417",
     ),
     "tracking": (
-        "The gold rabbit holds 2141. Nobody counted the gold rabbit in 3249. Nobody counted "
-        "the big fox in 9597. The wise seal follows the gold rabbit. Some say the wise trout "
-        "saw the wise mouse at the south gate. Nobody counted the gold rabbit in 3337. Page "
-        "7879 names the big wolf. The wise mouse follows the wise seal. Some say the strong "
-        "horse saw the proud crane at the west barn.",
+        "Nobody counted the wise seal in 3249. The price of the gold rabbit was never asked. "
+        "The gold rabbit holds 2141. The white lynx met the tall raven. The wise seal follows "
+        "the gold rabbit. Some say the wise mouse saw the young horse at the south gate. "
+        "Nobody counted the gold rabbit in 3337. Page 7879 names the wise mouse. The wise "
+        "mouse follows the wise seal. Some say the gold rabbit saw the wise mouse at the west "
+        "barn.",
         "Where does the trail of the wise mouse end?",
         "The wise seal, the gold rabbit, 2141",
     ),
     "completion": (
-        "At the west mill the strong horse waited. Some say the white horse saw the big fox "
-        "at the north barn. Some say the small mouse saw the blue goat at the north mill. "
-        "Nobody counted the blue goat in 5994. There came the white goat, the blue goat, the "
-        "gold owl, the gold goat, the blue mouse, the small owl, the small goat, the small "
-        "mouse. Page 5834 names the big wolf.",
+        "At the west mill the small owl waited. Some say the small owl saw the blue mouse at "
+        "the north barn. Some say the small owl saw the small goat at the north mill. Nobody "
+        "counted the gold owl in 5994. There came the white goat, the blue goat, the gold "
+        "owl, the gold goat, the blue mouse, the small owl, the small goat, the small mouse. "
+        "Page 5834 names the gold owl.",
         "Continue: There came the white goat, the blue goat,",
         "the gold owl, the gold goat, the blue mouse, the small owl, the small goat, "
         "the small mouse",
     ),
     "counting": (
-        "One slow wolf went west. One short wolf went north. At the west gate the pale owl "
+        "One slow wolf went west. One short wolf went north. At the west gate the red falcon "
         "waited. One warm rabbit went south. One brave wolf went east. One blue fox went "
         "south. One grey mole went south. One tall rabbit went south. One quiet fox went "
-        "south. Page 8937 names the tame beaver. One weak fox went north. The price of the "
-        "brave swan was never asked. One kind fox went east. The price of the proud otter was "
-        "never asked. Some say the kind heron saw the slow wolf at the south barn. One wise "
+        "south. Page 8937 names the quiet fox. One weak fox went north. The price of the "
+        "quiet fox was never asked. One kind fox went east. The price of the white wren was "
+        "never asked. Some say the wild sheep saw the tall rabbit at the south barn. One wise "
         "heron went south.",
         "How often was the rabbit seen?",
         "Sometimes",
     ),
     "few_shot": (
-        "Some say the pale fox saw the brave wolf at the north well. The strong fox goes to "
+        "Some say the brave wolf saw the blue duck at the north well. The strong fox goes to "
         "the south tower. The brave wolf goes to the west mill. The pale fox goes to the "
-        "south tower. At the west barn the grey heron waited. At the south harbour the small "
-        "mole waited. Page 9581 names the brave wolf. Nobody counted the cold raven in 8428. "
-        "At the west harbour the loud seal waited. Page 1781 names the strong fox. The gold "
-        "wolf goes to the west mill.",
+        "south tower. At the west barn the pale fox waited. At the south harbour the fast "
+        "horse waited. Page 9581 names the gold wolf. Nobody counted the white beaver in "
+        "8428. At the west harbour the tall moose waited. Page 1781 names the white swan. The "
+        "gold wolf goes to the west mill.",
         "Where does the black fox go?",
         "The south tower",
     ),
     "mixed": (
-        "Nobody counted the white owl in 5994. The code of the white owl is 5846. The white "
-        "owl lives at the north barn. At the east gate the brave beaver waited. The gold owl "
+        "Nobody counted the gold owl in 5994. The code of the white owl is 5846. The white "
+        "owl lives at the north barn. At the east gate the white owl waited. The gold owl "
         "lives at the south tower. The gold owl follows the white owl. Page 5834 names the "
-        "small fox. The white owl follows the gold owl. Some say the white beaver saw the "
-        "short beaver at the west field. The code of the gold owl is 8328. Some say the gold "
-        "owl saw the white owl at the south tower.",
+        "gold owl. The white owl follows the gold owl. The price of the white owl was never "
+        "asked. The code of the gold owl is 8328. The price of the white owl was never asked. "
+        "At the south bridge the white owl waited.",
         "Whom does the white owl follow?",
         "The gold owl",
     ),
@@ -285,6 +286,17 @@ def test_every_word_is_one_token_and_comes_up(encoder):
 
 
 # What makes them long-context tasks.
+
+
+def test_nobody_meets_itself():
+    meetings = [
+        pair
+        for name in NAMES
+        for example in examples(name)
+        for pair in re.findall(r"(\w+ \w+) (?:met|saw) the (\w+ \w+)", example.document)
+    ]
+    assert len(meetings) > 100
+    assert [pair for pair in meetings if pair[0] == pair[1]] == []
 
 
 def test_passkeys_are_anywhere_short_and_long():

@@ -41,7 +41,8 @@ NOUNS = (
 DIRECTIONS = ("north", "south", "east", "west")
 PLACES = ("gate", "bridge", "mill", "tower", "field", "harbour", "well", "barn")
 
-# Each says something of a pair and its company, and nothing that a question asks for.
+# Each says something of a pair and its company, and nothing that a question asks for. {2} is an
+# attribute, {3} a place, {4} a number; the one at `_ALONE` speaks of a single pair.
 _NOISE = (
     "The {0} met the {1}.",
     "Some say the {0} saw the {1} at the {3}.",
@@ -51,6 +52,7 @@ _NOISE = (
     "Nobody counted the {0} in {4}.",
     "At the {3} the {0} waited.",
 )
+_ALONE = 2
 _OTHERS = (
     "The the met Some say saw at was never asked of Page names left before Nobody counted in At "
     "waited is follows holds lives goes to first second third There came One went What are codes "
@@ -119,28 +121,28 @@ def draw_noise(rng: np.random.Generator, tokens: int, pairs: Sequence[str] = ())
         pairs: what the document speaks of; half of the noise speaks of it too.
     """
     count = max(0, tokens // 6) + 1
-    known = list(pairs) or [f"{a} {n}" for a, n in zip(ADJECTIVES, NOUNS, strict=True)]
-    own = rng.integers(0, len(known), (count, 2)).tolist()
-    other = rng.integers(0, len(NOUNS), (count, 4)).tolist()
-    kinds = rng.integers(0, 4 * len(_NOISE), count).tolist()
+    firsts, seconds = _spoken_of(rng, count, pairs), _spoken_of(rng, count, pairs)
+    kinds = rng.integers(0, len(_NOISE), count).tolist()
     attributes = rng.integers(0, len(ATTRIBUTES), count).tolist()
     numbers = rng.integers(1000, 10_000, count).tolist()
     gates = draw_gates(rng, count)
     sentences, left = [], tokens
-    for row in range(count):
-        kind, a, b = divmod(kinds[row], 4)[0], *other[row][:2]
-        spoken = kinds[row] % 4  # which of the two pairs the document speaks of
-        first = known[own[row][0]] if spoken & 1 else f"{ADJECTIVES[a]} {NOUNS[b]}"
-        a, b = other[row][2:]
-        second = known[own[row][1]] if spoken & 2 else f"{ADJECTIVES[a]} {NOUNS[b]}"
-        text = _NOISE[kind].format(
-            first, second, ATTRIBUTES[attributes[row]], gates[row], numbers[row]
-        )
+    for row, (kind, first, second) in enumerate(zip(kinds, firsts, seconds, strict=True)):
+        kind = _ALONE if first == second else kind  # nobody meets itself
         left -= _NOISE_TOKENS[kind]
         if left < 0:
             break
-        sentences.append(text)
+        what = first, second, ATTRIBUTES[attributes[row]], gates[row], numbers[row]
+        sentences.append(_NOISE[kind].format(*what))
     return sentences
+
+
+def _spoken_of(rng: np.random.Generator, count: int, pairs: Sequence[str]) -> list[str]:
+    """Any pairs, half of them from `pairs` where there are some."""
+    any_ones = rng.integers(0, len(NOUNS), (count, 2)).tolist()
+    drawn = [f"{ADJECTIVES[a]} {NOUNS[n]}" for a, n in any_ones]
+    own = rng.integers(0, 2 * max(1, len(pairs)), count).tolist()
+    return [pairs[i] if i < len(pairs) else other for i, other in zip(own, drawn, strict=True)]
 
 
 _NOISE_TOKENS = tuple(
