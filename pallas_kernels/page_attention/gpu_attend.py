@@ -1,7 +1,9 @@
 """The attention kernel for Hopper: persistent thread blocks that walk over a plan's units.
 
 A thread block is a producer warpgroup, which copies pages into a ring in shared memory, and one
-or two consumers, which multiply. Queries stay in registers; scores and weights never leave them.
+or two consumers, which multiply. Scores and weights never leave the consumers' registers. Queries
+lie in shared memory: where they were held in registers, the assembler of CUDA 13.0 gave queries
+and weights the same ones if both had the same size, as if queries were not needed again.
 """
 
 import dataclasses
@@ -104,8 +106,12 @@ class _Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class _Ring:
-    """Shared memory and its barriers, one of each kind for each place in the ring."""
+    """Shared memory and its barriers, one of each kind for each place in the ring.
 
+    The queries `q` [consumers, 64, D] have none: only their consumer touches them.
+    """
+
+    q: Any
     k: Any
     v: Any
     k_full: Any
@@ -217,7 +223,6 @@ class _Rows:
     """What a consumer knows of its 64 rows of a unit.
 
     Attributes:
-        q: [64, D].
         limit: int32[64], the first slot that a row does not see.
         lower: int32[64], the first that it does.
         first_slot: of the unit.
@@ -226,7 +231,6 @@ class _Rows:
         masked_until: the tiles before it too, because of the window.
     """
 
-    q: Array
     limit: Array
     lower: Array | None
     first_slot: Array
@@ -235,12 +239,16 @@ class _Rows:
     masked_until: Array
 
 
-def _load(sizes: Sizes, inputs: _Inputs, unit: _Unit, head: Array, row: Array) -> _Rows:
+def _load(
+    sizes: Sizes, inputs: _Inputs, queries: Any, unit: _Unit, head: Array, row: Array
+) -> _Rows:
+    """Puts the rows' queries into shared memory, and says which keys they see."""
     group = sizes.shape.group
     query, rows = unit[Field.FIRST_QUERY], unit[Field.ROWS]
-    q = load_rows(
+    queries[...] = load_rows(
         inputs.q, query, head * group, row, rows, group=group, heads=sizes.heads, dim=sizes.dim
     )
+    plgpu.commit_smem()
     position = load_per_row(inputs.position, query, row, rows, group=group)
     first_slot, stop = unit[Field.FIRST_PAGE] * sizes.page_size, unit[Field.STOP]
     limit = jnp.minimum(position + 1, stop)
@@ -251,7 +259,7 @@ def _load(sizes: Sizes, inputs: _Inputs, unit: _Unit, head: Array, row: Array) -
         reach = unit[Field.MOST_POSITION] - window + 1 - first_slot
         tiles = lax.div(jnp.maximum(reach, 0) + sizes.shape.tile - 1, _i32(sizes.shape.tile))
         masked_until = jnp.where(window > 0, tiles, 0)
-    return _Rows(q, limit, lower, first_slot, stop, unit[Field.FULL], masked_until)
+    return _Rows(limit, lower, first_slot, stop, unit[Field.FULL], masked_until)
 
 
 def _seen(sizes: Sizes, rows: _Rows, tile: Array) -> Array:
@@ -333,7 +341,7 @@ def _consume(sizes: Sizes, inputs: _Inputs, ring: _Ring, turns: Array, me: Array
         masked = (tile >= rows.masked_from) | (tile < rows.masked_until)
 
         def multiply(product: Any) -> Array:
-            plgpu.wgmma(product, rows.q, ring.k.at[slot].T)
+            plgpu.wgmma(product, ring.q.at[me], ring.k.at[slot].T)
             return product[...]
 
         plgpu.barrier_wait(ring.k_full.at[slot])
@@ -365,7 +373,7 @@ def _consume(sizes: Sizes, inputs: _Inputs, ring: _Ring, turns: Array, me: Array
         head = share * 2 + me if own_head else share
         unit = _Unit(inputs, group, lax.div(head, _i32(sizes.heads_per_page)), number)
         row = unit[Field.FIRST_ROW] + (me * BLOCK if shape.mode is Mode.BLOCKS else 0)
-        rows = _load(sizes, inputs, unit, head, row)
+        rows = _load(sizes, inputs, ring.q.at[me], unit, head, row)
         tiles = unit[Field.TILES]
         acc = plgpu.layout_cast(jnp.zeros((BLOCK, dim), jnp.float32), plgpu.Layout.WGMMA)
         top = plgpu.layout_cast(jnp.full((BLOCK,), _LOWEST, jnp.float32), _COLUMN)
@@ -456,6 +464,7 @@ def attend_units(
         plgpu.TilingTransform((8, sizes.swizzle // 2)),
         plgpu.SwizzleTransform(sizes.swizzle),
     )
+    queries = plgpu.SMEM((sizes.consumers, BLOCK, dim), q.dtype, transforms=transforms)
     buffer = plgpu.SMEM((stages, tile, dim), k.dtype, transforms=transforms)
     copies = max(1, tile // sizes.page_size)
     full = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
@@ -468,7 +477,7 @@ def attend_units(
     plgpu.kernel(
         page_attention,
         out_type=(),
-        scratch_types=[buffer, buffer, full, full, empty, empty],
+        scratch_types=[queries, buffer, buffer, full, full, empty, empty],
         grid=(sizes.blocks,),
         grid_names=("block",),
         num_threads=sizes.consumers + 1,
