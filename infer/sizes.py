@@ -16,8 +16,11 @@ def choose_grid(
     length: int, max_rows: int, page_size: int, token_budget: int | None, decode_steps: int
 ) -> Grid:
     """Few shapes, since each is a program to compile, for sequences of `length` tokens."""
+    # A CPU is busy with little; an accelerator reads its weights for many tokens at once, and its
+    # longer items have fewer partial results to merge.
+    cpu = jax.default_backend() == "cpu"
     if token_budget is None:
-        token_budget = 512 if jax.default_backend() == "cpu" else 4096
+        token_budget = 512 if cpu else 4096
     budget = max(token_budget, max_rows)
     return Grid(
         page_size=page_size,
@@ -25,7 +28,7 @@ def choose_grid(
         pages_per_row=math.ceil(length / page_size),
         row_buckets=tuple(sorted({n for n in (1, 8) if n < max_rows} | {max_rows})),
         token_buckets=tuple(sorted({min(budget, max(64, max_rows)), budget})),
-        split_pages=max(1, 256 // page_size),
+        split_pages=max(1, (256 if cpu else 1024) // page_size),
         decode_steps=decode_steps,
     )
 

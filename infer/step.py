@@ -16,7 +16,7 @@ from kvjax.infer.draw import Logprobs, RowSettings, draw, logprobs_of
 from kvjax.infer.sampling import MAX_LOGPROBS
 from kvjax.models.attention import paged_attend
 from kvjax.models.decoder import Decoder
-from kvjax.pallas_kernels.page_attention import Items, WorkList
+from kvjax.pallas_kernels.page_attention import Items, WorkList, prepare
 from kvjax.plan import Grid, StepPlan
 
 __all__ = ["Drawn", "EngineState", "Params", "give_seats", "step"]
@@ -184,6 +184,7 @@ def _compute(
     pool = write_positions(state.pool, position, slots)
     table = advance(state.table, row)
     work = _work(grid, table, plan, jnp.where(row < max_rows, position, -1))
+    work = prepare(work, pool, decoder.config.num_heads)
     attend = paged_attend(slots, work, decoder.config.layer_windows())
     hidden, pool = decoder(tokens, position, pool, attend)
     history = state.history.at[row, position].set(tokens, mode="drop")

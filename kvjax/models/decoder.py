@@ -10,6 +10,7 @@ D head size. `...` is any leading shape: [T] ragged tokens in the engine, [B, T]
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -264,8 +265,10 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Array) -> Array:
         """Scores of the next token, float32[..., V], from hidden states [..., E]."""
+        # Summed and kept in float32: near-equal logits must not become equal.
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        if hidden.dtype == jnp.float32:
+            product = functools.partial(product, precision="highest")
         if self.head is not None:
-            return self.head(hidden).astype(jnp.float32)
-        embed = self.embed[...].astype(hidden.dtype)
-        precision = "highest" if embed.dtype == jnp.float32 else None
-        return jnp.einsum("...e,ve->...v", hidden, embed, precision=precision).astype(jnp.float32)
+            return product("...e,ev->...v", hidden, self.head.kernel[...].astype(hidden.dtype))
+        return product("...e,ve->...v", hidden, self.embed[...].astype(hidden.dtype))

@@ -1,0 +1,258 @@
+"""Times `page_attention` on the default device, as the engine calls it: a scan over the layers.
+
+Every layer reads other bytes, so nothing is found in a cache that would not be there in use. Each
+layer's number depends on the output before it, so that the layers run one after the other, and no
+array is copied for the measurement's sake. The time is that of many calls less that of few, so
+what a call costs by itself drops out.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.cache import KVPool
+from kvjax.pallas_kernels.page_attention import Items, WorkList, page_attention, prepare
+from kvjax.plan.step import cut_items
+
+__all__ = ["Case", "Timing", "kernel_cases", "random_pool", "time_kernels", "work_of"]
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A batch to attend with. All rows of a group share their first pages.
+
+    Attributes:
+        name: what the case is called.
+        groups: rows with the same prefix, and how many such groups there are: (groups, rows).
+        prefix: tokens that the rows of a group share; 0: none.
+        own: tokens of each row besides, or the least and the most of them.
+        queries: query tokens a row, its last ones; 1: decoding.
+        tile: queries an item, where there are several.
+        split: tokens an item, of the rows' own and of the prefix.
+        page_size: P.
+        heads: H.
+        kv_heads: K.
+        dim: D.
+        layers: of the pool, all in one page.
+    """
+
+    name: str
+    groups: tuple[int, int]
+    prefix: int = 0
+    own: int | tuple[int, int] = 0
+    queries: int = 1
+    tile: int = 32
+    split: tuple[int, int] = (2048, 512)
+    page_size: int = 16
+    heads: int = 32
+    kv_heads: int = 8
+    dim: int = 128
+    layers: int = 32
+
+    @property
+    def rows(self) -> int:
+        """All rows."""
+        return self.groups[0] * self.groups[1]
+
+    def own_lengths(self, rng: np.random.Generator) -> np.ndarray:
+        """Each row's own tokens, int[rows]."""
+        if isinstance(self.own, int):
+            return np.full(self.rows, self.own)
+        return rng.integers(self.own[0], self.own[1], size=self.rows, endpoint=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """What one case took.
+
+    Attributes:
+        case: its name.
+        microseconds: of one layer.
+        terabytes: a second, of distinct keys and values.
+        teraflops: a second, of scores and weighted values that the causal rule leaves.
+        implementation: whose.
+    """
+
+    case: str
+    microseconds: float
+    terabytes: float
+    teraflops: float
+    implementation: str
+
+
+def kernel_cases() -> tuple[Case, ...]:
+    """The shapes that benchmarks.md reports."""
+    decode = [
+        Case(
+            name=f"decode {rows} x {length}, page {size}",
+            groups=(rows, 1),
+            own=length,
+            page_size=size,
+        )
+        for size in (16, 64)
+        for rows, length in ((64, 8192), (256, 1024), (8, 32768))
+    ]
+    shared = [
+        Case(name="prefix 8192 of 64 rows, own 256", groups=(1, 64), prefix=8192, own=256),
+        Case(name="16 prefixes 2048 of 16 rows, own 256", groups=(16, 16), prefix=2048, own=256),
+        Case(name="prefix 4096 of 256 rows, own 128", groups=(1, 256), prefix=4096, own=128),
+    ]
+    prefill = [
+        Case(
+            name=f"prefill 2 x 8192, page {size}",
+            groups=(2, 1),
+            own=8192,
+            queries=8192,
+            split=(8192, 0),
+            page_size=size,
+        )
+        for size in (16, 64)
+    ]
+    engine = [
+        Case(
+            name=f"decode {rows} x 64..640, 32/8 heads of 64, 16 layers",
+            groups=(rows, 1),
+            own=(64, 640),
+            dim=64,
+            layers=16,
+        )
+        for rows in (64, 256)
+    ]
+    return (*decode, *shared, *prefill, *engine)
+
+
+def work_of(case: Case, seed: int = 0) -> tuple[WorkList, int, np.ndarray]:
+    """The case's work list, how many pages it needs, and each row's length, int[rows].
+
+    Pages lie in random order. The prefix's items come first.
+    """
+    rng = np.random.default_rng(seed)
+    size, (groups, members) = case.page_size, case.groups
+    own = case.own_lengths(rng)
+    length, shared = own + case.prefix, case.prefix // size
+    per_row = -(-own // size)
+    num_pages = groups * shared + int(per_row.sum())
+    order = rng.permutation(num_pages).astype(np.int32)
+    pages = np.full((case.rows, int(-(-length.max() // size))), num_pages, np.int32)
+    pages[:, :shared] = np.repeat(order[: groups * shared].reshape(groups, -1), members, 0)
+    start = groups * shared + np.cumsum(per_row) - per_row
+    for row in range(case.rows):
+        pages[row, shared : shared + per_row[row]] = order[start[row] :][: per_row[row]]
+    position = length[:, None] - case.queries + np.arange(case.queries)
+    work = WorkList(
+        items=tuple(_items(case, length, shared)),
+        pages=jnp.asarray(pages)[None, None],
+        length=jnp.asarray(length, jnp.int32)[None, None],
+        query_position=jnp.asarray(position.reshape(-1), jnp.int32),
+    )
+    return work, num_pages, length
+
+
+def _items(case: Case, length: np.ndarray, shared: int) -> Iterator[Items]:
+    size, (groups, members) = case.page_size, case.groups
+    if shared:
+        first = np.arange(groups) * members
+        split = case.split[1] // size
+        index = cut_items(first, np.full(groups, shared), first, first + members, split)
+        yield _as_items(index, members, split)
+    tiles = -(-case.queries // case.tile)
+    offset = np.tile(np.arange(tiles) * case.tile, case.rows)
+    last = np.minimum(offset + case.tile, case.queries)
+    row = np.repeat(np.arange(case.rows), tiles)
+    needed = -(-(length[row] - case.queries + last) // size)
+    split, base = case.split[0] // size, row * case.queries
+    index = cut_items(row, needed - shared, base + offset, base + last, split)
+    index[:, 1:3] += shared
+    yield _as_items(index, min(case.tile, case.queries), split)
+
+
+def _as_items(index: np.ndarray, max_queries: int, max_pages: int) -> Items:
+    return Items(
+        index=jnp.asarray(index), count=jnp.int32(len(index)), max_queries=max_queries,
+        max_pages=max_pages,
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def random_pool(shape: tuple[int, ...], dtype: str = "bfloat16") -> KVPool:
+    """Pages of shape [N, R, C, P, D] with noise in them, made without a second copy."""
+
+    def noise(seed: int) -> Array:
+        mixed = jnp.full(shape, seed, jnp.uint32)
+        for axis in range(len(shape)):
+            mixed = (mixed ^ jax.lax.broadcasted_iota(jnp.uint32, shape, axis)) * jnp.uint32(0x9E3779B1)
+            mixed = mixed ^ (mixed >> 15)
+        return (mixed.astype(jnp.float32) * (3.4 / 2**32) - 1.7).astype(dtype)
+
+    return KVPool(k=noise(1), v=noise(2))
+
+
+def time_kernels(
+    cases: tuple[Case, ...] | None = None,
+    implementation: str | None = None,
+    progress: Callable[[Timing], Any] = lambda timing: None,
+) -> list[Timing]:
+    """Times the cases one after the other.
+
+    Args:
+        cases: None: all of `kernel_cases`.
+        implementation: of `page_attention`.
+        progress: is told each result.
+    """
+    timings = []
+    for case in kernel_cases() if cases is None else cases:
+        timings.append(_time_case(case, implementation))
+        progress(timings[-1])
+    return timings
+
+
+def _time_case(case: Case, implementation: str | None) -> Timing:
+    work, num_pages, length = work_of(case)
+    pool = random_pool((num_pages, case.layers, case.kv_heads, case.page_size, case.dim))
+    shape = (case.rows * case.queries, case.heads, case.dim)
+    q = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+    work = jax.jit(functools.partial(prepare, num_heads=case.heads, implementation=implementation))(
+        work, pool
+    )
+
+    @jax.jit
+    def layers(q: Array, pool: KVPool, work: WorkList) -> Array:
+        def layer(zero: Array, number: Array) -> tuple[Array, None]:
+            out, _ = page_attention(q, pool, number + zero, work, implementation=implementation)
+            return jnp.where(jnp.abs(out[0, 0, 0]) > 1e9, 1, 0).astype(jnp.int32), None
+
+        return jax.lax.scan(layer, jnp.int32(0), jnp.arange(case.layers, dtype=jnp.int32))[0]
+
+    seconds = seconds_a_call(functools.partial(layers, q, pool, work)) / case.layers
+    tokens = int(length.sum()) - case.prefix * (case.rows - case.groups[0])
+    pairs = case.queries * int(length.sum()) - case.rows * case.queries * (case.queries - 1) // 2
+    return Timing(
+        case=case.name,
+        microseconds=seconds * 1e6,
+        terabytes=tokens * case.kv_heads * case.dim * 4 / seconds / 1e12,
+        teraflops=pairs * case.heads * case.dim * 4 / seconds / 1e12,
+        implementation=implementation or "default",
+    )
+
+
+def seconds_a_call(call: Callable[[], Any], repeats: int = 5) -> float:
+    """The device's time for one call: (time of 4 n calls - time of n) / 3 n, the median."""
+
+    def run(n: int) -> float:
+        start = time.perf_counter()
+        for _ in range(n):
+            result = call()
+        jax.block_until_ready(result)
+        return time.perf_counter() - start
+
+    run(1)
+    n = max(1, int(0.03 / run(1)))
+    return float(np.median([(run(4 * n) - run(n)) / (3 * n) for _ in range(repeats)]))
