@@ -1,7 +1,6 @@
 """The `attend`s: what a decoder's layers may be given to attend with."""
 
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -51,22 +50,25 @@ def _attention(
     q: Array, k: Array, v: Array, mask: Array | None, local: tuple[int, int] | None
 ) -> Array:
     """Attention under a mask, or under the causal one with a window of a static size."""
+    attend = functools.partial(
+        jax.nn.dot_product_attention, mask=mask, is_causal=mask is None, local_window_size=local
+    )
 
-    def attend(implementation: Literal["xla", "cudnn"], q: Array, k: Array, v: Array) -> Array:
+    def xla(q: Array, k: Array, v: Array) -> Array:
         # float32 in, float32 through: on accelerators the default would shorten the products.
         precision = "highest" if q.dtype == jnp.float32 else "default"
-        # jax.nn's attention mixes dtypes by itself; strict promotion is for our own arithmetic.
-        with jax.default_matmul_precision(precision), jax.numpy_dtype_promotion("standard"):
-            return jax.nn.dot_product_attention(
-                q, k, v, mask=mask, is_causal=mask is None, local_window_size=local,
-                implementation=implementation,
-            )  # fmt: skip
+        wide = (x.astype(jnp.float32) for x in (q, k, v))
+        with jax.default_matmul_precision(precision):
+            return attend(*wide, implementation="xla").astype(q.dtype)
 
-    xla = functools.partial(attend, "xla")
+    def cudnn(q: Array, k: Array, v: Array) -> Array:
+        # jax.nn mixes dtypes there; strict promotion is for our own arithmetic.
+        with jax.numpy_dtype_promotion("standard"):
+            return attend(q, k, v, implementation="cudnn")
+
     if not _fits_cudnn(q, mask is not None):
         return xla(q, k, v)
     try:
-        cudnn = functools.partial(attend, "cudnn")
         return jax.lax.platform_dependent(q, k, v, cuda=cudnn, default=xla)
     except RuntimeError:  # JAX was installed without CUDA, and so cannot even trace it.
         return xla(q, k, v)
