@@ -50,7 +50,7 @@ class Case:
     own: int | tuple[int, int] = 0
     queries: int = 1
     tile: int = 32
-    split: tuple[int, int] = (2048, 512)
+    split: tuple[int, int] = (2048, 1024)
     page_size: int = 16
     heads: int = 32
     kv_heads: int = 8
@@ -103,7 +103,13 @@ def kernel_cases() -> tuple[Case, ...]:
     shared = [
         Case(name="prefix 8192 of 64 rows, own 256", groups=(1, 64), prefix=8192, own=256),
         Case(name="16 prefixes 2048 of 16 rows, own 256", groups=(16, 16), prefix=2048, own=256),
-        Case(name="prefix 4096 of 256 rows, own 128", groups=(1, 256), prefix=4096, own=128),
+        Case(
+            name="prefix 4096 of 256 rows, own 128",
+            groups=(1, 256),
+            prefix=4096,
+            own=128,
+            split=(2048, 2048),
+        ),
     ]
     prefill = [
         Case(
@@ -188,7 +194,9 @@ def random_pool(shape: tuple[int, ...], dtype: str = "bfloat16") -> KVPool:
     def noise(seed: int) -> Array:
         mixed = jnp.full(shape, seed, jnp.uint32)
         for axis in range(len(shape)):
-            mixed = (mixed ^ jax.lax.broadcasted_iota(jnp.uint32, shape, axis)) * jnp.uint32(0x9E3779B1)
+            mixed = (mixed ^ jax.lax.broadcasted_iota(jnp.uint32, shape, axis)) * jnp.uint32(
+                0x9E3779B1
+            )
             mixed = mixed ^ (mixed >> 15)
         return (mixed.astype(jnp.float32) * (3.4 / 2**32) - 1.7).astype(dtype)
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from kvjax.pallas_kernels.devices import default_device
 from kvjax.pallas_kernels.page_attention.gpu import page_attention_gpu, prepare_gpu, why_not
 from kvjax.pallas_kernels.page_attention.reference import page_attention_reference
 from kvjax.pallas_kernels.page_attention.tpu import page_attention_tpu
@@ -103,16 +104,9 @@ def _best(pool: Pages, num_heads: int, dtype: jnp.dtype, scale: float | None = N
     """
     if why_not(pool, num_heads, dtype, scale) is None and _on_hopper():
         return "gpu"
-    return "tpu" if _device().platform == "tpu" else "reference"
-
-
-def _device() -> jax.Device:
-    device = jax.config.jax_default_device
-    if device is None or isinstance(device, str):
-        device = jax.local_devices(backend=device)[0]
-    return device
+    return "tpu" if default_device().platform == "tpu" else "reference"
 
 
 def _on_hopper() -> bool:
-    device = _device()
+    device = default_device()
     return device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"

@@ -46,10 +46,10 @@ def prepare_gpu(
     work: WorkList, pool: Pages, num_heads: int, max_partials: int | None = None
 ) -> WorkList:
     """See `api.prepare`."""
-    num_pages, _, per_page, size, _ = pool.k.shape
+    num_pages, _, per_page, size, dim = pool.k.shape
     group = num_heads // (work.pages.shape[1] * per_page)
     plan = make_plan(
-        work, page_size=size, num_pages=num_pages, group=group, heads_per_page=per_page,
+        work, page_size=size, num_pages=num_pages, group=group, heads_per_page=per_page, dim=dim,
         max_partials=max_partials,
     )  # fmt: skip
     return dataclasses.replace(work, prepared=plan)
@@ -74,24 +74,23 @@ def page_attention_gpu(
         work = prepare_gpu(work, pool, q.shape[1])
     plan = work.prepared
     (t, h, d), (_, r, c, size, _) = q.shape, pool.k.shape
-    _check(plan, work, h // (c * work.pages.shape[1]), c, size)
+    _check(plan, work, h // (c * work.pages.shape[1]), pool)
     k, v = (plane.reshape(-1, size, d) for plane in (pool.k, pool.v))
     # Not initialised: every query is written, by a kernel of a class or by the merge.
     out, lse = jax.new_ref(jax.lax.empty((t, h * d), q.dtype)), _new(t, h)
     room = max(plan.max_partials, 1)
     part, part_lse = _new(room, h * d), _new(room, h)
     windowed = window is not None
-    window = window.astype(jnp.int32) if windowed else jnp.int32(0)
+    scalars = [x.astype(jnp.int32)[None] for x in (layer, window if windowed else jnp.int32(0))]
     for units in plan.classes:
         sizes = Sizes(
             shape=units.shape, heads=h, dim=d, page_size=size, layers_per_page=r,
             heads_per_page=c, head_groups=work.pages.shape[1], scale=scale, soft_cap=soft_cap,
             windowed=windowed, blocks=_MULTIPROCESSORS,
         )  # fmt: skip
-        scalars = jnp.stack([layer // r, layer % r, window, units.count]).astype(jnp.int32)
         attend_units(
-            sizes, scalars, q, k, v, work.pages, units.units, work.query_position, units.slot,
-            out, lse, part, part_lse,
+            sizes, *scalars, units.count[None], q, k, v, work.pages, units.units,
+            work.query_position, units.slot, out, lse, part, part_lse,
         )  # fmt: skip
     merge_partials(
         plan.merge, plan.num_merges[None], out, lse, part, part_lse, blocks=_MULTIPROCESSORS
@@ -103,8 +102,9 @@ def _new(*shape: int) -> jax.Ref:
     return jax.new_ref(jax.lax.empty(shape, jnp.float32))
 
 
-def _check(plan: Plan, work: WorkList, group: int, per_page: int, page_size: int) -> None:
-    shapes = tuple(Shape.of(items.max_queries, group, per_page) for items in work.items)
+def _check(plan: Plan, work: WorkList, group: int, pool: Pages) -> None:
+    _, _, per_page, page_size, dim = pool.k.shape
+    shapes = tuple(Shape.of(items.max_queries, group, per_page, dim) for items in work.items)
     made_for = tuple(units.shape for units in plan.classes)
     if (made_for, plan.page_size) != (shapes, page_size):
         raise ValueError(

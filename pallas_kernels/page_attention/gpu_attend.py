@@ -8,7 +8,7 @@ and weights the same ones if both had the same size, as if queries were not need
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -76,6 +76,11 @@ class Sizes:
         return (128 * 1024) // (4 * self.shape.tile * self.dim)
 
     @property
+    def copies(self) -> int:
+        """Pages that a tile spans; a larger page holds several tiles."""
+        return max(1, self.shape.tile // self.page_size)
+
+    @property
     def slots_a_tile(self) -> int:
         """Places in the ring that one tile takes: one for each head that is read."""
         return 2 if self.shape.mode is Mode.HEADS else 1
@@ -86,11 +91,17 @@ class Sizes:
         return next(s for s in (128, 64, 32) if self.dim * 2 % s == 0)
 
 
+def _i32(value: int) -> Array:
+    return jnp.int32(value)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Inputs:
     """References in global memory; see `attend_units`."""
 
-    scalars: Any
+    layer: Any
+    window: Any
+    count: Any
     q: Any
     k: Any
     v: Any
@@ -102,6 +113,10 @@ class _Inputs:
     lse: Any
     part: Any
     part_lse: Any
+
+    def group(self, sizes: Sizes) -> Array:
+        """The table's layer group."""
+        return lax.div(self.layer[0], _i32(sizes.layers_per_page))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,10 +133,6 @@ class _Ring:
     v_full: Any
     k_empty: Any
     v_empty: Any
-
-
-def _i32(value: int) -> Array:
-    return jnp.int32(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,55 +178,98 @@ def _first_tile(sizes: Sizes, unit: _Unit, window: Array, tiles: Array) -> Array
     return jnp.where(window > 0, jnp.minimum(before, tiles), 0)
 
 
+class _Task(NamedTuple):
+    """What the producer needs to know of a unit, in registers."""
+
+    head: Array  # the first of its KV heads
+    row: Array
+    first_page: Array
+    last_entry: Array
+    first_tile: Array
+    tiles: Array
+
+
+def _task(sizes: Sizes, inputs: _Inputs, turn: Array) -> _Task:
+    number, share = _pick(sizes, turn)
+    head = share * sizes.slots_a_tile
+    heads = lax.div(head, _i32(sizes.heads_per_page))
+    # The turn after the last one is asked for too.
+    number = jnp.minimum(number, inputs.units.shape[2] - 1)
+    unit = _Unit(inputs, inputs.group(sizes), heads, number)
+    tiles = unit[Field.TILES]
+    first = _first_tile(sizes, unit, inputs.window[0], tiles)
+    return _Task(
+        head, unit[Field.ROW], unit[Field.FIRST_PAGE], unit[Field.LAST_ENTRY], first, tiles
+    )
+
+
+def _pages(sizes: Sizes, inputs: _Inputs, task: _Task, tile: Array) -> list[Array]:
+    """The pages that hold a tile."""
+    heads = lax.div(task.head, _i32(sizes.heads_per_page))
+    entry = task.first_page + lax.div(tile * sizes.shape.tile, _i32(sizes.page_size))
+    num_pages = inputs.k.shape[0] // (sizes.layers_per_page * sizes.heads_per_page)
+    found = []
+    for j in range(sizes.copies):
+        # Entries behind the last one are read as it: their keys are masked, and it is near.
+        column = jnp.minimum(entry + j, task.last_entry)
+        page = inputs.pages[inputs.group(sizes), heads, task.row, column]
+        found.append(jnp.minimum(page, num_pages - 1))
+    return found
+
+
+def _copy(
+    sizes: Sizes, inputs: _Inputs, ring: _Ring, task: _Task, tile: Array, n: Array, pages: list
+) -> None:
+    """Copies a tile, of each head that is read, into the next places of the ring."""
+    per_page, length = sizes.heads_per_page, min(sizes.shape.tile, sizes.page_size)
+    inner = lax.rem(inputs.layer[0], _i32(sizes.layers_per_page))
+    at = pl.multiple_of(lax.rem(tile * sizes.shape.tile, _i32(sizes.page_size)), length)
+    for w in range(sizes.slots_a_tile):
+        slot = lax.rem(n * sizes.slots_a_tile + w, _i32(sizes.stages))
+        head = lax.rem(task.head + w, _i32(per_page))
+        for plane, place, full, empty in (
+            (inputs.k, ring.k, ring.k_full, ring.k_empty),
+            (inputs.v, ring.v, ring.v_full, ring.v_empty),
+        ):
+            plgpu.barrier_wait(empty.at[slot])
+            for j, page in enumerate(pages):
+                index = (page * sizes.layers_per_page + inner) * per_page + head
+                source = plane.at[index]
+                if length < sizes.page_size:
+                    source = plane.at[index, pl.ds(at, length)]
+                target = place.at[slot, pl.ds(j * length, length)]
+                plgpu.copy_gmem_to_smem(source, target, full.at[slot])
+
+
 def _produce(sizes: Sizes, inputs: _Inputs, ring: _Ring, turns: Array) -> None:
-    """Copies every tile's pages into the ring, in the order in which the consumers take them."""
-    shape, per_page = sizes.shape, sizes.heads_per_page
-    group, inner, window = (inputs.scalars[i] for i in range(3))
-    # A tile is several pages, or a part of one.
-    copies, length = max(1, shape.tile // sizes.page_size), min(shape.tile, sizes.page_size)
-    num_pages = inputs.k.shape[0] // (sizes.layers_per_page * per_page)
+    """Copies every tile's pages into the ring, in the order in which the consumers take them.
 
-    def copy(plane: Any, place: Any, full: Any, pages: list[Array], head: Array, at: Array) -> None:
-        for n, page in enumerate(pages):
-            index = (page * sizes.layers_per_page + inner) * per_page + head
-            source = plane.at[index]
-            if length < sizes.page_size:
-                source = plane.at[index, pl.ds(at, length)]
-            plgpu.copy_gmem_to_smem(source, place.at[pl.ds(n * length, length)], full)
+    What the next tile and the next unit need is read before it is waited for a place.
+    """
 
-    def unit_body(turn: Array, n: Array) -> Array:
-        number, share = _pick(sizes, turn)
-        first_head = share * sizes.slots_a_tile
-        heads = lax.div(first_head, _i32(per_page))
-        unit = _Unit(inputs, group, heads, number)
-        row, first_page, last = (
-            unit[Field.ROW], unit[Field.FIRST_PAGE], unit[Field.LAST_ENTRY]
-        )  # fmt: skip
-        tiles = unit[Field.TILES]
+    def unit_body(turn: Array, carry: tuple) -> tuple:
+        n, task, pages = carry
+        following = _task(sizes, inputs, turn + 1)
 
-        def tile_body(i: Array, n: Array) -> Array:
-            start = i * shape.tile
-            entry = first_page + lax.div(start, _i32(sizes.page_size))
-            at = pl.multiple_of(lax.rem(start, _i32(sizes.page_size)), length)
-            # Entries behind the last one are read as it: their keys are masked, and it is near.
-            pages = [
-                jnp.minimum(
-                    inputs.pages[group, heads, row, jnp.minimum(entry + j, last)], num_pages - 1
-                )
-                for j in range(copies)
-            ]
-            for w in range(sizes.slots_a_tile):
-                slot = lax.rem(n * sizes.slots_a_tile + w, _i32(sizes.stages))
-                head = lax.rem(first_head + w, _i32(per_page))
-                plgpu.barrier_wait(ring.k_empty.at[slot])
-                copy(inputs.k, ring.k.at[slot], ring.k_full.at[slot], pages, head, at)
-                plgpu.barrier_wait(ring.v_empty.at[slot])
-                copy(inputs.v, ring.v.at[slot], ring.v_full.at[slot], pages, head, at)
-            return n + 1
+        def tile_body(tile: Array, carry: tuple) -> tuple:
+            n, pages = carry
+            more = tile + 1 < task.tiles
+            source = _Task(*(jnp.where(more, a, b) for a, b in zip(task, following, strict=True)))
+            ahead = _pages(sizes, inputs, source, jnp.where(more, tile + 1, following.first_tile))
+            _copy(sizes, inputs, ring, task, tile, n, pages)
+            return n + 1, ahead
 
-        return lax.fori_loop(_first_tile(sizes, unit, window, tiles), tiles, tile_body, n)
+        n, pages = lax.fori_loop(task.first_tile, task.tiles, tile_body, (n, pages))
+        pages = lax.cond(
+            task.first_tile < task.tiles,
+            lambda: pages,
+            lambda: _pages(sizes, inputs, following, following.first_tile),
+        )
+        return n, following, pages
 
-    lax.fori_loop(_i32(0), turns, unit_body, _i32(0))
+    first = _task(sizes, inputs, _i32(0))
+    pages = _pages(sizes, inputs, first, first.first_tile)
+    lax.fori_loop(_i32(0), turns, unit_body, (_i32(0), first, pages))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +308,7 @@ def _load(
     limit = jnp.minimum(position + 1, stop)
     lower, masked_until = None, _i32(0)
     if sizes.windowed:
-        window = inputs.scalars[2]
+        window = inputs.window[0]
         lower = position + jnp.where(window > 0, 1 - window, -(2**30))
         reach = unit[Field.MOST_POSITION] - window + 1 - first_slot
         tiles = lax.div(jnp.maximum(reach, 0) + sizes.shape.tile - 1, _i32(sizes.shape.tile))
@@ -283,7 +337,7 @@ def _in_pages(
     start = tile * sizes.shape.tile
     entry = unit[Field.FIRST_PAGE] + lax.div(start, _i32(size))
     inside = None
-    for j in range(max(1, sizes.shape.tile // size)):
+    for j in range(sizes.copies):
         column = jnp.minimum(entry + j, unit[Field.LAST_ENTRY])
         page = inputs.pages[unit.group, unit.heads, unit[Field.ROW], column]
         # A page that is none ends before it begins.
@@ -330,7 +384,7 @@ def _clean(
 
 def _consume(sizes: Sizes, inputs: _Inputs, ring: _Ring, turns: Array, me: Array) -> None:
     shape, dim = sizes.shape, sizes.dim
-    group, window = inputs.scalars[0], inputs.scalars[2]
+    group, window = inputs.group(sizes), inputs.window[0]
     factor = _LOG2_E if sizes.soft_cap is not None else sizes.scale * _LOG2_E
     own_head = shape.mode is Mode.HEADS
 
@@ -415,18 +469,18 @@ def _finish(
 
 
 def _body(sizes: Sizes, *refs: Any) -> None:
-    inputs, ring = _Inputs(*refs[:12]), _Ring(*refs[12:])
+    inputs, ring = _Inputs(*refs[:14]), _Ring(*refs[14:])
     me = lax.axis_index("warpgroup")
-    turns = _share(sizes, inputs.scalars[3] * sizes.head_units)
+    turns = _share(sizes, inputs.count[0] * sizes.head_units)
 
     @pl.when(me == sizes.consumers)
     def _() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(56, action="decrease")
         _produce(sizes, inputs, ring, turns)
 
     @pl.when(me < sizes.consumers)
     def _() -> None:
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(224, action="increase")
 
         # The ring begins empty. Where consumers share its places each must say so.
         @pl.when((me == 0) | (sizes.shape.mode is Mode.BLOCKS))
@@ -439,14 +493,17 @@ def _body(sizes: Sizes, *refs: Any) -> None:
 
 
 def attend_units(
-    sizes: Sizes, scalars: Array, q: Array, k: Array, v: Array, pages: Array, units: Array,
-    position: Array, slot: Array, out: Any, lse: Any, part: Any, part_lse: Any,
+    sizes: Sizes, layer: Array, window: Array, count: Array, q: Array, k: Array, v: Array,
+    pages: Array, units: Array, position: Array, slot: Array, out: Any, lse: Any, part: Any,
+    part_lse: Any,
 ) -> None:  # fmt: skip
     """Attention of a class's units; writes outputs and partial results in place.
 
     Args:
         sizes: static.
-        scalars: int32[4]: layer group, layer in the page, window, number of units.
+        layer: int32[1].
+        window: int32[1].
+        count: int32[1], how many units there are.
         q: [T, H, D].
         k: [N * R * C, P, D].
         v: [N * R * C, P, D].
@@ -466,8 +523,7 @@ def attend_units(
     )
     queries = plgpu.SMEM((sizes.consumers, BLOCK, dim), q.dtype, transforms=transforms)
     buffer = plgpu.SMEM((stages, tile, dim), k.dtype, transforms=transforms)
-    copies = max(1, tile // sizes.page_size)
-    full = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
+    full = plgpu.Barrier(num_arrivals=sizes.copies, num_barriers=stages)
     takers = 2 if sizes.shape.mode is Mode.BLOCKS else 1
     empty = plgpu.Barrier(num_arrivals=takers, num_barriers=stages)
 
@@ -483,4 +539,4 @@ def attend_units(
         num_threads=sizes.consumers + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(scalars, q, k, v, pages, units, position, slot, out, lse, part, part_lse)
+    )(layer, window, count, q, k, v, pages, units, position, slot, out, lse, part, part_lse)

@@ -17,7 +17,7 @@ Array = jax.Array
 
 _WARPGROUPS = 4
 # Partial results that are loaded at once, to hide the memory's latency.
-_AT_ONCE = 4
+_AT_ONCE = 8
 _LOWEST = -1e30
 
 

@@ -75,13 +75,13 @@ class Shape:
     blocks: int
 
     @staticmethod
-    def of(max_queries: int, group: int, heads_per_page: int) -> "Shape":
+    def of(max_queries: int, group: int, heads_per_page: int, dim: int) -> "Shape":
         """The shape for items of so many queries."""
         rows = max_queries * group
         if rows > BLOCK:
             return Shape(group, Mode.BLOCKS, 128, -(-rows // (2 * BLOCK)))
         mode = Mode.SINGLE if heads_per_page % 2 else Mode.HEADS
-        return Shape(group, mode, 64, 1)
+        return Shape(group, mode, 128 if dim <= 64 else 64, 1)
 
     @property
     def rows(self) -> int:
@@ -150,7 +150,7 @@ class _Items:
 
 def make_plan(
     work: "WorkList", *, page_size: int, num_pages: int, group: int, heads_per_page: int,
-    max_partials: int | None = None,
+    dim: int, max_partials: int | None = None,
 ) -> Plan:  # fmt: skip
     """Makes a work list ready.
 
@@ -160,10 +160,11 @@ def make_plan(
         num_pages: N.
         group: H / K.
         heads_per_page: C.
+        dim: D.
         max_partials: the most (item, query) pairs among queries that are in several items or
             among their items' other queries; None: as many as there can be.
     """
-    shapes = [Shape.of(i.max_queries, group, heads_per_page) for i in work.items]
+    shapes = [Shape.of(i.max_queries, group, heads_per_page, dim) for i in work.items]
     items = [_Items.of(i, *work.pages.shape[2:]) for i in work.items]
     queries = [_queries(i, c.max_queries, work) for i, c in zip(items, work.items, strict=True)]
     num_queries = work.query_position.shape[0]
