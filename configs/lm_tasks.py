@@ -53,7 +53,7 @@ config: LMConfig = LMConfig(
         ),
         Stage(
             share=0.50, batch_size=128, length=1024, longest=_LONGEST,
-            difficulty=_mixture(1024, fill=0.4),  # short ones too, so that they are not forgotten
+            difficulty=_mixture(1024, fill=0.11),  # short ones too, so that they are not forgotten
         ),
     ),
     steps=6000,

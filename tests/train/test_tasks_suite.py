@@ -127,91 +127,91 @@ def test_a_reader_of_the_document_finds_every_answer(name, tokens):
 
 GOLDEN = {
     "passkey": (
-        "Nobody counted the wild wolf in 1458. At the east bridge the gold owl waited. Some "
-        "say the gold owl saw the red lizard at the west barn. Some say the gold owl saw the "
-        "quiet badger at the south harbour. The weight of the gold owl was never asked. The "
-        "quiet seal met the gold owl. The year of the gold owl was never asked. At the north "
-        "harbour the gold owl waited. Some say the gold owl saw the shy hare at the west "
-        "mill. The code of the gold owl is 8328.",
-        "What is the code of the gold owl?",
-        "8328",
+        "Some say the gold rabbit saw the wild trout at the west barn. Some say the gold "
+        "rabbit saw the quiet badger at the south harbour. The weight of the gold rabbit was "
+        "never asked. At the west barn the gold rabbit waited. The blue lizard met the gold "
+        "rabbit. Nobody counted the gold rabbit in 5165. At the south bridge the gold rabbit "
+        "waited. Nobody counted the cold wren in 1458. The weight of the gold rabbit is 1153. "
+        "Page 9817 names the big moose.",
+        "What is the weight of the gold rabbit?",
+        "1153",
     ),
     "multi_key": (
-        "The price of the wise rabbit is 2522. The code of the white rabbit is 2349. The code "
-        "of the wise seal is 6983. Page 3644 names the wise rabbit. The price of the white "
-        "rabbit is 7412. The price of the gold trout is 3066. The price of the wise seal is "
-        "9892. The code of the wise rabbit is 8326. The code of the gold trout is 9807.",
-        "What is the price of the wise seal?",
-        "9892",
+        "The code of the gold trout is 9807. The code of the small rabbit is 1409. The price "
+        "of the wise rabbit is 2522. The code of the wise rabbit is 8326. The code of the "
+        "wise seal is 6983. The price of the white rabbit is 7412. The price of the gold "
+        "trout is 3066. The code of the white rabbit is 2349. The price of the wise seal is "
+        "9892.",
+        "What is the code of the wise seal?",
+        "6983",
     ),
     "multi_query": (
-        "Page 4973 names the gold rabbit. The old hare left the west tower before the white "
-        "beaver. At the south field the wise rabbit waited. The code of the wise rabbit was "
-        "never asked. The weight of the wise rabbit is 7417. The weight of the wise rabbit "
-        "was never asked. The weight of the gold rabbit is 1153. The wise rabbit met the gold "
-        "rabbit. The gold rabbit met the short beaver.",
-        "What are the weights of the wise rabbit and the gold rabbit?",
-        "The wise rabbit 7417, the gold rabbit 1153",
+        "The weight of the wise mouse is 2141. The year of the gold fox was never asked. The "
+        "price of the white mouse was never asked. The weight of the gold rabbit is 7723. The "
+        "weight of the white seal is 3496. Page 8276 names the wise mouse. The weight of the "
+        "white mouse is 6942. The weight of the wise seal is 9951.",
+        "What are the weights of the white mouse and the white seal?",
+        "The white mouse 6942, the white seal 3496",
     ),
     "multi_value": (
-        "The price of the gold owl was never asked. The year of the gold owl was never asked. "
-        "The first year of the gold owl is 5846. The price of the pale lion was never asked. "
-        "Page 8682 names the old hare. The second year of the gold owl is 1153. The third "
-        "year of the gold owl is 7417. Some say the gold owl saw the big fox at the north "
-        "bridge.",
-        "What are the three years of the gold owl?",
-        "First 5846, second 1153, third 7417",
+        "The first code of the wise rabbit is 2141. The second code of the gold rabbit is "
+        "3999. Nobody counted the grey hare in 2538. The first code of the gold rabbit is "
+        "7417. The second code of the wise rabbit is 9951. The third code of the gold rabbit "
+        "is 4571. The third code of the wise rabbit is 7723.",
+        "What are the three codes of the wise rabbit?",
+        "First 2141, second 9951, third 7723",
     ),
     "tracking": (
-        "Nobody counted the wise seal in 3249. The price of the gold rabbit was never asked. "
-        "The gold rabbit holds 2141. The white lynx met the tall raven. The wise seal follows "
-        "the gold rabbit. Some say the wise mouse saw the young horse at the south gate. "
-        "Nobody counted the gold rabbit in 3337. Page 7879 names the wise mouse. The wise "
-        "mouse follows the wise seal. Some say the gold rabbit saw the wise mouse at the west "
-        "barn.",
-        "Where does the trail of the wise mouse end?",
-        "The wise seal, the gold rabbit, 2141",
+        "The wise seal left the north gate before the white swan. Nobody counted the white "
+        "mouse in 8360. The gold rabbit holds 2141. The code of the white seal was never "
+        "asked. The wise mouse follows the wise seal. The weight of the wise seal was never "
+        "asked. At the west mill the white seal waited. The white seal follows the white "
+        "mouse. The white seal met the dark lion. The white mouse holds 9951. The wise seal "
+        "follows the gold rabbit.",
+        "Where does the trail of the white seal end?",
+        "The white mouse, 9951",
     ),
     "completion": (
-        "At the west mill the small owl waited. Some say the small owl saw the blue mouse at "
-        "the north barn. Some say the small owl saw the small goat at the north mill. Nobody "
-        "counted the gold owl in 5994. There came the white goat, the blue goat, the gold "
-        "owl, the gold goat, the blue mouse, the small owl, the small goat, the small mouse. "
-        "Page 5834 names the gold owl.",
-        "Continue: There came the white goat, the blue goat,",
-        "the gold owl, the gold goat, the blue mouse, the small owl, the small goat, "
-        "the small mouse",
+        "Page 4744 names the green seal. There came the small seal, the small rabbit, the "
+        "green trout, the wise sheep, the green mouse, the small sheep, the white trout, the "
+        "white seal. There came the wise rabbit, the white sheep, the wise seal, the gold "
+        "trout, the green sheep, the green seal, the wise mouse, the white rabbit. The price "
+        "of the wise sheep was never asked.",
+        "Continue: There came the wise rabbit, the white sheep,",
+        "the wise seal, the gold trout, the green sheep, the green seal, the wise mouse, "
+        "the white rabbit",
     ),
     "counting": (
-        "One slow wolf went west. One short wolf went north. At the west gate the red falcon "
-        "waited. One warm rabbit went south. One brave wolf went east. One blue fox went "
-        "south. One grey mole went south. One tall rabbit went south. One quiet fox went "
-        "south. Page 8937 names the quiet fox. One weak fox went north. The price of the "
-        "quiet fox was never asked. One kind fox went east. The price of the white wren was "
-        "never asked. Some say the wild sheep saw the tall rabbit at the south barn. One wise "
-        "heron went south.",
-        "How often was the rabbit seen?",
+        "One slow fox went east. One red moose went north. One weak wolf went north. One kind "
+        "otter went north. One pale wolf went east. Some say the pale owl saw the big mole at "
+        "the east tower. One wild fox went west. One black wolf went south. One wise moose "
+        "went north. One strong moose went north. One quiet crane went north. One small heron "
+        "went south. One white wolf went north. One brave wolf went west. One dark wolf went "
+        "south. One red moose went north. One red rabbit went west. The price of the red "
+        "rabbit was never asked.",
+        "How often was the fox seen?",
         "Sometimes",
     ),
     "few_shot": (
-        "Some say the brave wolf saw the blue duck at the north well. The strong fox goes to "
-        "the south tower. The brave wolf goes to the west mill. The pale fox goes to the "
-        "south tower. At the west barn the pale fox waited. At the south harbour the fast "
-        "horse waited. Page 9581 names the gold wolf. Nobody counted the white beaver in "
-        "8428. At the west harbour the tall moose waited. Page 1781 names the white swan. The "
-        "gold wolf goes to the west mill.",
-        "Where does the black fox go?",
-        "The south tower",
+        "The black fox goes to the north field. Some say the black fox saw the wise beaver at "
+        "the south bridge. The brave seal met the tall mole. The big fox goes to the north "
+        "field. The brave moose goes to the south well. The loud fox goes to the north field. "
+        "The price of the quiet hare was never asked. The quiet wolf goes to the west mill. "
+        "The strong wolf met the small fox. The small fox goes to the north field. The blue "
+        "moose goes to the south well. The proud fox goes to the north field. The strong wolf "
+        "goes to the west mill.",
+        "Where does the gold fox go?",
+        "The north field",
     ),
     "mixed": (
-        "Nobody counted the gold owl in 5994. The code of the white owl is 5846. The white "
-        "owl lives at the north barn. At the east gate the white owl waited. The gold owl "
-        "lives at the south tower. The gold owl follows the white owl. Page 5834 names the "
-        "gold owl. The white owl follows the gold owl. The price of the white owl was never "
-        "asked. The code of the gold owl is 8328. The price of the white owl was never asked. "
-        "At the south bridge the white owl waited.",
-        "Whom does the white owl follow?",
-        "The gold owl",
+        "The wise mouse follows the wise seal. The code of the wise mouse is 2141. The code "
+        "of the gold rabbit is 7723. The wise seal follows the wise mouse. The wise seal "
+        "lives at the south barn. Some say the gold rabbit saw the wise seal at the west "
+        "tower. Page 4744 names the wise seal. The wise mouse lives at the east barn. The "
+        "gold rabbit follows the wise seal. The code of the wise seal is 9951. The gold "
+        "rabbit lives at the north harbour.",
+        "What is the code of the gold rabbit?",
+        "7723",
     ),
 }
 

@@ -67,8 +67,9 @@ class Example:
 
 
 def begin(rng: np.random.Generator, setting: Setting) -> int:
-    """How many tokens this example is to fill."""
-    return int(rng.integers(int(setting.fill * setting.tokens), setting.tokens, endpoint=True))
+    """How many tokens this example is to fill: any number, and rather a high one than a low one."""
+    least = int(setting.fill * setting.tokens)
+    return int(rng.integers(least, setting.tokens, 2, endpoint=True).max())
 
 
 def most(tokens: int, setting: Setting, turn: int) -> int:

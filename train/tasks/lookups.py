@@ -71,15 +71,15 @@ def multi_query(rng: np.random.Generator, setting: Setting) -> Example:
     size = fitting(rng, tokens, asked, _RECORD, least=at_once, limit=64)
     attribute = ATTRIBUTES[rng.integers(len(ATTRIBUTES))]
     pairs, values = draw_pairs(rng, size, shared=setting.shared_words), draw_numbers(rng, size)
-    turns = []
-    for _ in range(count):
+    turns: dict[str, str] = {}
+    while len(turns) < count:  # a question may be drawn twice
         chosen = rng.permutation(size)[:at_once].tolist()
         names = [f"the {pairs[i]}" for i in chosen]
         question = f"What are the {attribute}s of {', '.join(names[:-1])} and {names[-1]}?"
         answer = ", ".join(f"the {pairs[i]} {values[i]}" for i in chosen)
-        turns.append((question, "T" + answer[1:]))
+        turns[question] = "T" + answer[1:]
     facts = [_record(attribute, *item) for item in zip(pairs, values, strict=True)]
-    return finish(rng, "multi_query", tokens, facts, turns, pairs)
+    return finish(rng, "multi_query", tokens, facts, list(turns.items()), pairs)
 
 
 def multi_value(rng: np.random.Generator, setting: Setting) -> Example:
