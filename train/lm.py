@@ -122,7 +122,9 @@ def encode_batch(
     return batch
 
 
-def _answers(decoder: Decoder, batch: Batch, remat: str = "none") -> tuple[Array, Array]:
+def _answers(
+    decoder: Decoder, batch: Batch, remat: str = "none", unroll: bool = False
+) -> tuple[Array, Array]:
     """Hidden states [B, A, E] from which the answers' tokens are predicted, and int32[B, A] those.
 
     The output layer is the costlier the more tokens there are; only answers pay for it.
@@ -132,17 +134,18 @@ def _answers(decoder: Decoder, batch: Batch, remat: str = "none") -> tuple[Array
         windows = jnp.zeros(decoder.config.num_layers, jnp.int32) if windows is None else windows
         windows = windows.at[0].set(batch.window)
     attend = causal_attend(windows)
-    hidden, _ = decoder(batch.tokens, batch.positions, (), attend, remat=layer_remat(remat))
+    wrap = layer_remat(remat, unrolled=unroll)
+    hidden, _ = decoder(batch.tokens, batch.positions, (), attend, remat=wrap, unroll=unroll)
     hidden = jnp.take_along_axis(hidden, batch.places[..., None], axis=1)
     return hidden, jnp.take_along_axis(batch.tokens, batch.places + 1, axis=1)
 
 
-def answer_loss(graph: nnx.GraphDef[Any], remat: str = "none") -> Loss:
+def answer_loss(graph: nnx.GraphDef[Any], *, remat: str = "none", unroll: bool = False) -> Loss:
     """The cross-entropy of the answers' tokens, in nats; the metric is `accuracy`, of tokens."""
 
     def loss(params: nnx.State[Any, Any], batch: Batch) -> Sums:
         decoder = nnx.merge(graph, params)
-        hidden, targets = _answers(decoder, batch, remat)
+        hidden, targets = _answers(decoder, batch, remat, unroll)
         kernel = output_kernel(decoder, hidden.dtype)
         nats, right = cross_entropy(hidden, kernel, targets, batch.weights)
         return Sums(nats, jnp.sum(batch.weights), {"accuracy": right})
@@ -274,8 +277,9 @@ def train(config: LMConfig, folder: Path) -> dict[str, Any]:
     optimizer = make_optimizer(config)
     start = time.perf_counter()
     state = init_state(params, optimizer, mesh=mesh, ema=config.step.ema_decay is not None)
+    loss = answer_loss(graph, remat=config.remat, unroll=config.unroll)
     state = run(
-        make_step(answer_loss(graph, config.remat), optimizer, config.step, like=state),
+        make_step(loss, optimizer, config.step, like=state),
         state,
         step_dataset(make_batches(config, tokenizer), config.steps, workers=machine.workers),
         steps=config.steps, folder=folder,

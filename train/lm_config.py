@@ -74,6 +74,7 @@ class LMConfig:
         adam_b2: of Adam, which trains the embedding and the norms.
         step: how a step computes: type, parts, clipping, average.
         remat: what layers compute again in the backward pass, see `layer_remat`.
+        unroll: whether layers are compiled one by one: slower to compile, faster on a GPU.
         machine: what of the machine is used.
         seed: of the data and of the first parameters.
         eval_seed: of the documents on which the result is measured; other than `seed`.
@@ -92,6 +93,7 @@ class LMConfig:
     adam_b2: float = 0.98
     step: StepOptions = dataclasses.field(default_factory=lambda: StepOptions(clip_norm=1.0))
     remat: str = "none"
+    unroll: bool = False
     machine: Machine = dataclasses.field(default_factory=Machine)
     seed: int = 0
     eval_seed: int = 1_000_000
