@@ -43,7 +43,7 @@ config: LMConfig = LMConfig(
     # The first layer's window widens as documents grow (see Stage); the last stages have none.
     stages=(
         Stage(
-            share=0.10, batch_size=768, length=160, first_window=8,
+            share=0.15, batch_size=768, length=160, first_window=8,
             difficulty=_mixture(160, shared_words=False),
         ),
         Stage(share=0.10, batch_size=512, length=256, first_window=16, difficulty=_mixture(256)),
@@ -52,7 +52,7 @@ config: LMConfig = LMConfig(
             share=0.20, batch_size=256, length=512, longest=_LONGEST, difficulty=_mixture(512)
         ),
         Stage(
-            share=0.50, batch_size=128, length=1024, longest=_LONGEST,
+            share=0.45, batch_size=128, length=1024, longest=_LONGEST,
             difficulty=_mixture(1024, fill=0.11),  # short ones too, so that they are not forgotten
         ),
     ),
