@@ -218,12 +218,7 @@ class LLM:
         Raises:
             InputError: the prompt fills no page, or the file cannot be written.
         """
-        if (
-            self.tokenizer
-            and not isinstance(prompt, str)
-            and prompt
-            and not isinstance(prompt[0], int)
-        ):
+        if self.tokenizer and _is_chat(prompt):  # the model's answer is not begun
             prompt = self.tokenizer.encode_chat(prompt, add_generation_prompt=False)  # pyright: ignore[reportArgumentType]
         ids = self.check(prompt)
         with Prefix(self.engine) as prefix:

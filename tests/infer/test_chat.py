@@ -8,7 +8,7 @@ import pytest
 
 from kvjax.cache import PageLedger
 from kvjax.errors import InputError
-from kvjax.infer import LLM, SamplingParams
+from kvjax.infer import LLM, SamplingParams, prefix
 from kvjax.infer.step import EngineState
 from kvjax.plan import FirstCome
 
@@ -159,6 +159,13 @@ def test_an_answer_that_is_read_no_further_than_its_end_counts(llm):
     assert len(chat.messages) == 3 and chat.tokens_held > 0
 
 
+def test_a_conversation_that_is_closed_while_it_speaks_holds_nothing(llm):
+    chat = llm.chat(SYSTEM)
+    for _ in chat.stream("x", params(llm)):
+        chat.close()
+    assert held(llm) == 0 and len(chat.messages) == 3
+
+
 def test_a_text_that_ends_the_answer_is_no_part_of_the_conversation(base, llm):
     whole = llm.chat().send("x", params(llm)).text
     chat = llm.chat()
@@ -176,9 +183,9 @@ def test_what_a_template_drops_is_not_held(base, llm):
     llm.tokenizer.__dict__.pop("_template", None)
     chat = llm.chat()
     chat.send("w" * 40, params(llm, max_tokens=60))
-    chat.send("x", params(llm, max_tokens=1))
-    # 40 letters and "\nx\n> " are found or computed; nothing of the 60 letters is left.
-    assert chat.tokens_held == 44 and held(llm) == 11
+    # 40 letters are found, 164 tokens are new: with those of the 60 letters, 66 pages of 64.
+    chat.send("x" * 160, params(llm, max_tokens=1))
+    assert chat.tokens_held == 204 and held(llm) == 51
 
 
 def test_a_conversation_has_one_answer_and_an_end(llm):
@@ -232,19 +239,19 @@ def test_a_saved_prefix_is_found_by_later_calls(base, llm, tmp_path, cached):
     assert held(llm) == 0
     want = want or llm.generate(questions(llm), params(llm))
     other = empty(base)
-    with other.load_prefix(tmp_path / "prefix") as prefix:
+    with other.load_prefix(tmp_path / "prefix") as loaded:
         # Without the opening of an answer, which these questions do not go on with.
         tokens = llm.tokenizer.encode(f"system: {SYSTEM}\n")
-        assert prefix.tokens == tuple(tokens[: len(tokens) // SIZE * SIZE])
-        assert held(other) == len(prefix.pages) == len(tokens) // SIZE
+        assert loaded.tokens == tuple(tokens[: len(tokens) // SIZE * SIZE])
+        assert held(other) == len(loaded.pages) == len(tokens) // SIZE
         answers, new = computed(other, lambda: other.generate(questions(llm), params(llm)))
         assert answers == want
         prompts = [answer.prompt_tokens for answer in answers]
-        assert new <= sum(prompts) - 3 * len(prefix.tokens)
+        assert new <= sum(prompts) - 3 * len(loaded.tokens)
         for seed in range(4):  # nor is it evicted
             other.generate([[seed] * 150], params(llm, max_tokens=2))
         _, new = computed(other, lambda: other.generate(questions(llm)[:1], params(llm)))
-        assert new == prompts[0] - len(prefix.tokens)
+        assert new == prompts[0] - len(loaded.tokens)
     assert held(other) == 0
 
 
@@ -283,6 +290,19 @@ def test_a_prefix_needs_a_page_and_room(base, llm, tmp_path):
     assert held(small) == 0
     # What was taken for it cannot be found by others.
     assert computed(small, lambda: small.generate([list(range(40))]))[1] == 40
+
+
+def test_a_copy_that_fails_leaves_nothing_to_be_found(base, llm, tmp_path, monkeypatch):
+    tokens = list(range(40))
+    llm.save_prefix(tokens, tmp_path / "p")
+    want = llm.generate([[*tokens, 7]], params(llm))
+    other = empty(base)
+    monkeypatch.setattr(prefix, "put_pages", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        other.load_prefix(tmp_path / "p")
+    assert held(other) == 0
+    answers, new = computed(other, lambda: other.generate([[*tokens, 7]], params(llm)))
+    assert answers == want and new == 41
 
 
 def test_pages_are_taken_only_while_nothing_runs(llm, tmp_path):
