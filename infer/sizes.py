@@ -1,6 +1,7 @@
 """The engine's static sizes: which shapes are compiled, and how many pages fit in memory."""
 
 import math
+import os
 
 import jax
 
@@ -37,19 +38,33 @@ def choose_num_pages(model: DecoderConfig, grid: Grid, kv_memory: int | None) ->
     """As many pages as fit in `kv_memory` bytes, but no more than all rows can hold.
 
     Raises:
-        InputError: not one fits.
+        InputError: not one fits, or the device has less memory than they take.
     """
     platform, most = jax.default_backend(), grid.max_rows * grid.pages_per_row
     cache = cache_config(model, grid, num_pages=1)
     page, fixed = cache.page_bytes(platform), cache.nbytes(platform) - cache.page_bytes(platform)
+    left = _memory_left()
     if kv_memory is None:
-        stats = jax.local_devices()[0].memory_stats()
-        kv_memory = 2**30
-        if stats and "bytes_limit" in stats:
-            kv_memory = int(0.9 * (stats["bytes_limit"] - stats["bytes_in_use"]))
+        kv_memory = 2**30 if platform == "cpu" or left is None else int(0.9 * left)
     if kv_memory < fixed + page:
         raise InputError(
             f"{kv_memory} bytes of KV memory hold no page: a page of this model needs {page} bytes "
             f"and the table {fixed}; raise the KV memory or lower the rows"
         )
-    return min(most, (kv_memory - fixed) // page)
+    num_pages = min(most, (kv_memory - fixed) // page)
+    if left is not None and (need := fixed + num_pages * page) > left:
+        raise InputError(
+            f"{need} bytes of KV memory asked for, but {left} are left; lower the KV memory, the "
+            "rows or the maximum length"
+        )
+    return num_pages
+
+
+def _memory_left() -> int | None:
+    """Bytes that the device can still give; on the CPU all that the machine has; None: unknown."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    if jax.default_backend() == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None

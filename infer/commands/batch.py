@@ -41,6 +41,8 @@ class Batch(ModelOptions):
     optimistic: bool = False
     """Begin requests before it is sure that memory lasts for all of them; where it ends, the
     youngest wait and are computed again."""
+    prefix: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """A beginning that `LLM.save_prefix` saved: requests that share it do not compute it."""
     json: bool = False
     """End with one JSON object on stdout."""
 
@@ -54,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         llm = args.load(min(args.max_rows, len(requests)), optimistic=args.optimistic)
         if any(request.custom_id not in output.answered for request in requests):
             warm_up(llm)
+        if args.prefix is not None:
+            # Kept until a request needs the room, not held: what fits does not depend on it.
+            llm.load_prefix(args.prefix).close()
         start = time.perf_counter()
         with (
             CompilationCount() as compiled,

@@ -1,6 +1,7 @@
 """Batch files: every request exactly once, whatever is wrong with the others."""
 
 import contextlib
+import dataclasses
 import json
 import resource
 
@@ -13,6 +14,9 @@ from kvjax.infer import SamplingParams
 from kvjax.infer.batch import run_batch
 from kvjax.infer.batch_form import read_requests
 from kvjax.infer.batch_output import open_output
+from kvjax.infer.cli import main
+from kvjax.infer.commands.shared import ModelOptions
+from kvjax.infer.sizes import choose_grid, choose_num_pages
 from kvjax.plan import FirstCome
 
 
@@ -322,6 +326,34 @@ def test_a_small_cache_answers_what_fits_and_refuses_what_never_will(
     for line in lines[3:]:
         choices = line["response"]["body"]["choices"]
         assert choices == ample[line["custom_id"]]["response"]["body"]["choices"]
+
+
+def test_memory_that_the_machine_has_not_is_refused_before_anything_runs():
+    model = dataclasses.replace(models_for_tests.CONFIG, num_layers=100_000, windows=())
+    grid = choose_grid(2**17, 64, 16, None, 8)
+    with pytest.raises(InputError, match="bytes of KV memory asked for, but"):
+        choose_num_pages(model, grid, 2**60)
+
+
+def test_a_saved_beginning_is_not_computed(llm, tmp_path, monkeypatch, capsys):
+    """The command with the engine at hand, which knows nothing of the beginning any more."""
+    document = "a document of some length, which several requests share"
+    llm.save_prefix(document, tmp_path / "prefix")
+    write(tmp_path / "in.jsonl", [completion("a", document + " a"), completion("b", document)])
+    computed = []
+    for options in ([], ["--prefix", str(tmp_path / "prefix")]):
+        planner = llm.engine.planner = FirstCome(llm.engine.grid, PageLedger(128))
+        monkeypatch.setattr(ModelOptions, "load", lambda *_, **__: llm)
+        out = tmp_path / f"out{len(options)}.jsonl"
+        assert main(["batch", str(tmp_path / "in.jsonl"), str(out), "--json", *options]) == 0
+        figures = json.loads(capsys.readouterr().out)
+        computed.append(figures["prefill_tokens_computed"])
+        assert planner.ledger.held == 0
+    first, second = (answers(tmp_path / f"out{n}.jsonl") for n in (0, 2))
+    for a, b in zip(first, second, strict=True):
+        assert a["response"]["body"]["choices"] == b["response"]["body"]["choices"]
+    # Pages of four; the last token of a prompt is computed in any case.
+    assert computed == [len(document) + 2 + 3, 2 + 3 + 3]
 
 
 def test_undrawn_seeds_do_not_depend_on_the_rest_of_the_file(llm, tmp_path):
