@@ -67,8 +67,9 @@ def page_attention_gpu(
     reason = why_not(pool, q.shape[1], q.dtype, scale)
     if reason is not None:
         raise NotImplementedError(f"the GPU kernels of page_attention do not take {reason}")
-    from kvjax.pallas_kernels.page_attention.gpu_attend import Sizes, attend_units
+    from kvjax.pallas_kernels.page_attention.gpu_attend import attend_units
     from kvjax.pallas_kernels.page_attention.gpu_merge import merge_partials
+    from kvjax.pallas_kernels.page_attention.gpu_task import Sizes
 
     if work.prepared is None:
         work = prepare_gpu(work, pool, q.shape[1])
