@@ -8,7 +8,7 @@ import pytest
 
 from kvjax.cache import PageLedger
 from kvjax.errors import InputError
-from kvjax.infer import LLM, SamplingParams, prefix
+from kvjax.infer import LLM, SamplingParams, load_cache, prefix
 from kvjax.infer.step import EngineState
 from kvjax.plan import FirstCome
 
@@ -253,6 +253,14 @@ def test_a_saved_prefix_is_found_by_later_calls(base, llm, tmp_path, cached):
         _, new = computed(other, lambda: other.generate(questions(llm)[:1], params(llm)))
         assert new == prompts[0] - len(loaded.tokens)
     assert held(other) == 0
+
+
+def test_the_file_of_a_prefix_is_a_cache_like_any_other(llm, tmp_path):
+    llm.save_prefix(list(range(43)), tmp_path / "p")
+    saved = load_cache(tmp_path / "p")
+    assert saved.tokens == (tuple(range(40)),)
+    assert (saved.table.length == 40).all() and saved.table.position.tolist() == [40]
+    assert saved.table.pages[0, 0, 0, :11].tolist() == [*range(10), 10]
 
 
 def test_what_is_cached_is_not_computed_to_be_saved(llm, tmp_path):

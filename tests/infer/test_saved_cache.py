@@ -96,15 +96,17 @@ def test_rows_come_back_in_fewer_pages(config, tmp_path):
     assert file.stat().st_mode & 0o777 == 0o644
 
 
-def test_rows_that_share_a_page_share_it_in_the_file(tmp_path):
-    """Row 0 uses two slots of the page, row 1 all of it: all are kept, in one page."""
+@pytest.mark.parametrize("short", [0, 1])
+def test_rows_that_share_a_page_share_it_in_the_file(tmp_path, short):
+    """One row uses two slots of the page, the other all of it: all are kept, in one page."""
     pool, table = random_cache(PLAIN)
-    length = jnp.asarray([[[2, 12, 0]]], jnp.int32)
-    table = dataclasses.replace(table, length=length)
+    length = np.asarray([12, 12, 0], np.int32)
+    length[short] = 2
+    table = dataclasses.replace(table, length=jnp.asarray(length)[None, None])
     save_cache(tmp_path / "c", pool, table, config=PLAIN, model=MODEL)
     saved = load_cache(tmp_path / "c")
     assert len(saved.pool.k) == 3
-    assert saved.table.pages[0, 0, 0].tolist() == [saved.table.pages[0, 0, 1, 0], 3, 3]
+    assert saved.table.pages[0, 0, short].tolist() == [saved.table.pages[0, 0, 1 - short, 0], 3, 3]
     assert_same(rows_of(pool, table, [0, 1]), rows_of(saved.pool, saved.table, [0, 1]))
 
 
@@ -265,14 +267,17 @@ def test_another_model_is_noticed(written):
         load_cache(written, model="1" * 64)
 
 
-def test_a_failed_write_leaves_the_old_file(written, tmp_path, monkeypatch):
-    def fail(arrays, path, metadata):
-        path.write_bytes(b"half a file")
+@pytest.mark.parametrize("step", ["write", "rename"])
+def test_a_failed_write_leaves_the_old_file(written, tmp_path, monkeypatch, step):
+    def fail(first, second, metadata=None):
+        if step == "write":
+            second.write_bytes(b"half a file")
         raise OSError(28, "No space left on device")
 
     file = tmp_path / "cache"
     file.write_bytes(written.read_bytes())
-    monkeypatch.setattr(saved_cache, "save_file", fail)
+    where = (saved_cache, "save_file") if step == "write" else (Path, "replace")
+    monkeypatch.setattr(*where, fail)
     pool, table = random_cache(GROUPED)
     with pytest.raises(InputError, match=r"cache: cannot be written \(No space left on device\)"):
         save_cache(file, pool, table, config=GROUPED, model=MODEL)
