@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from kvjax.errors import InputError
 from kvjax.infer.llm import Prompt
@@ -163,12 +163,12 @@ def _content(parts: list[Any]) -> str:
 
 def _text(body: dict[str, Any], name: str) -> str | list[int]:
     value = body.get(name)
-    if not isinstance(value, str) and not _is_ids(value):
-        raise InputError(f'"{name}" must be text or a list of token ids')
-    return value
+    if isinstance(value, str) or _is_ids(value):
+        return value
+    raise InputError(f'"{name}" must be text or a list of token ids')
 
 
-def _is_ids(value: Any) -> bool:
+def _is_ids(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(token) is int for token in value)
 
 

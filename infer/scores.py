@@ -52,23 +52,28 @@ def join(
 def _join(
     tokenizer: Tokenizer | None, prompt: Any, continuation: str | Sequence[int]
 ) -> tuple[list[int], int]:
-    is_chat = bool(prompt) and isinstance(prompt[0], Mapping)
-    is_text = isinstance(prompt, str) or is_chat
-    if tokenizer is None:
-        if is_text or isinstance(continuation, str):
-            raise InputError("the model's folder has no tokenizer.json: give token ids, or add it")
-        return [*prompt, *continuation], len(prompt)
-    # A template's text already holds its special tokens.
-    text = tokenizer.apply_chat_template(prompt) if is_chat else prompt
-    if is_text and isinstance(continuation, str):
-        joined = tokenizer.backend.encode(text + continuation, add_special_tokens=not is_chat)
-        reach = (i for i, (_, end) in enumerate(joined.offsets) if end > len(text))
-        return joined.ids, next(reach, len(joined.ids))
-    before = tokenizer.encode(text, add_special=not is_chat) if is_text else list(prompt)
+    is_text = isinstance(prompt, str)
+    is_chat = not is_text and bool(prompt) and isinstance(prompt[0], Mapping)
     after = continuation
+    if is_text or is_chat:
+        # A template's text already holds its special tokens.
+        text = prompt if is_text else _known(tokenizer).apply_chat_template(prompt)
+        if isinstance(after, str):
+            joined = _known(tokenizer).backend.encode(text + after, add_special_tokens=is_text)
+            reach = (i for i, (_, end) in enumerate(joined.offsets) if end > len(text))
+            return joined.ids, next(reach, len(joined.ids))
+        before = _known(tokenizer).encode(text, add_special=is_text)
+    else:
+        before = list(prompt)
     if isinstance(after, str):
-        after = tokenizer.encode(after, add_special=False)
+        after = _known(tokenizer).encode(after, add_special=False)
     return [*before, *after], len(before)
+
+
+def _known(tokenizer: Tokenizer | None) -> Tokenizer:
+    if tokenizer is None:
+        raise InputError("the model's folder has no tokenizer.json: give token ids, or add it")
+    return tokenizer
 
 
 def scoring(start: int) -> SamplingParams:
