@@ -210,9 +210,11 @@ class _Class:
         def some(i: Array, total: Array) -> Array:
             return total + sum(term(i * unroll + n) for n in range(unroll))
 
-        whole = count // unroll
-        total = jax.lax.fori_loop(0, whole, some, jnp.int32(0))
-        return jax.lax.fori_loop(whole * unroll, count, lambda i, total: total + term(i), total)
+        whole, total = count // unroll, jnp.int32(0)
+        if unroll > 1:
+            total = jax.lax.fori_loop(0, whole, some, total)
+        begin = whole * unroll if unroll > 1 else 0
+        return jax.lax.fori_loop(begin, count, lambda i, total: total + term(i), total)
 
     def _copy(self, span: _Span, i: Array, slot: Array, start: bool) -> Array:
         """Starts, or awaits, the copies of a block's i-th page; 1 if the entry is no page."""
