@@ -230,6 +230,15 @@ def test_arrays_that_were_exchanged_are_noticed(written, tmp_path):
         load_cache(tmp_path / "exchanged")
 
 
+def test_another_dtype_in_the_header_is_noticed(written, tmp_path):
+    """Of the same width: the bytes are the same."""
+    raw = written.read_bytes()
+    assert b'"F32"' in raw
+    (tmp_path / "retyped").write_bytes(raw.replace(b'"F32"', b'"I32"', 1))
+    with pytest.raises(InputError, match="damaged"):
+        load_cache(tmp_path / "retyped")
+
+
 def test_another_format_is_named(written, tmp_path, monkeypatch):
     monkeypatch.setattr(saved_cache, "FORMAT", 2)
     with pytest.raises(InputError, match="has format 1, but this version of kvjax reads format 2"):
