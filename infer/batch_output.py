@@ -49,11 +49,13 @@ class BatchOutput:
         line = _line(record)
         try:
             _write(self._fd, line)
-            self._end += len(line)
-        except OSError as e:
+        except BaseException as e:  # an interrupt may cut a line as well as a full disk
             with suppress(OSError):
                 os.ftruncate(self._fd, self._end)
-            raise self._failed(e) from e
+            if isinstance(e, OSError):
+                raise self._failed(e) from e
+            raise
+        self._end += len(line)
         if time.monotonic() - self._synced >= _SYNC_SECONDS:
             self.sync()
 

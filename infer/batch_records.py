@@ -169,6 +169,8 @@ class _TextChoices:
         named: dict[str, float] = {}
         for token, value in logprob.top[: self._top]:
             named.setdefault(self._names(token), _finite(value))  # the likeliest of one name
+        # The token itself as well, so that there may be one more than asked for.
+        named.setdefault(self._names(logprob.token), _finite(logprob.logprob))
         return named
 
 

@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     requests = read_requests(args.input)
     # What is wrong with the output is said before anything is loaded.
     with open_output(args.output, args.model) as output:
-        llm = args.load(min(args.max_rows, len(requests)), optimistic=args.optimistic)
+        rows = sum(request.params.n for request in requests)
+        llm = args.load(min(args.max_rows, rows), optimistic=args.optimistic)
         if any(request.custom_id not in output.answered for request in requests):
             warm_up(llm)
         if args.prefix is not None:

@@ -173,9 +173,12 @@ def test_log_probabilities_of_a_completion_that_echoes_its_prompt():
     assert choice["logprobs"] == {
         "tokens": ["b", "c", "d", "c", "<end>"],
         "token_logprobs": [None, -3.5, -0.5, -2.5, -9999.0],
-        "top_logprobs": [None, {"g": -0.75}, {"d": -0.5}, {"b": -0.25}, {"b": -0.125}],
+        "top_logprobs": [
+            None, {"g": -0.75, "c": -3.5}, {"d": -0.5}, {"b": -0.25, "c": -2.5},
+            {"b": -0.125, "<end>": -9999.0},
+        ],
         "text_offset": [0, 1, 2, 3, 4],
-    }
+    }  # fmt: skip
 
 
 def test_log_probabilities_of_the_prompt_as_vllm_writes_them():
