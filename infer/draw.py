@@ -121,23 +121,9 @@ def draw(logits: Array, settings: RowSettings, history: Array, position: Array) 
     Returns:
         int32[B].
     """
-    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    def asked(logits: Array) -> Array:
-        hot = settings.temperature > 0
-        logits = _adjust(logits, settings, history, position)
-        best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return jnp.where(hot, _sample(logits, settings, position), best)
-
-    # Most batches ask for nothing, and then the logits, which are many, are read only once.
-    something = _is_hot_or_adjusted(settings, position)
-    return jax.lax.cond(jnp.any(something), asked, lambda _: likeliest, logits)
-
-
-def _is_hot_or_adjusted(s: RowSettings, position: Array) -> Array:
-    penalty = (s.repetition != 1) | (s.presence != 0) | (s.frequency != 0)
-    biased = jnp.any(s.bias != 0, axis=-1)
-    return (s.temperature > 0) | penalty | biased | (position < s.min_length)
+    logits = _adjust(logits, settings, history, position)
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jnp.where(settings.temperature > 0, _sample(logits, settings, position), best)
 
 
 def _sample(logits: Array, s: RowSettings, position: Array) -> Array:
@@ -149,9 +135,7 @@ def _sample(logits: Array, s: RowSettings, position: Array) -> Array:
         scaled = jax.lax.cond(jnp.any(hot & narrow), _narrow, lambda x, _: x, scaled, s)
         return jax.vmap(_draw_one)(scaled, s.seed, position)
 
-    return jax.lax.cond(
-        jnp.any(hot), sampled, lambda x: jnp.zeros(x.shape[:1], jnp.int32), logits
-    )
+    return jax.lax.cond(jnp.any(hot), sampled, lambda x: jnp.zeros(x.shape[:1], jnp.int32), logits)
 
 
 def _adjust(logits: Array, s: RowSettings, history: Array, position: Array) -> Array:

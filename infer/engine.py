@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from kvjax.cache import CacheConfig, OutOfPages, PageLedger
 from kvjax.infer.compilations import NoCompilation
 from kvjax.infer.draw import Logprobs, settings_of
 from kvjax.infer.step import Drawn, EngineState, Params, give_seats, seats_as_arrays, step
-from kvjax.models.decoder import DecoderConfig
+from kvjax.models.decoder import DecoderConfig, split_layers
 from kvjax.plan import Bucket, FirstCome, Grid, Planned, Sampled, Seat, StepPlan
 from kvjax.sharding import spec
 
@@ -72,23 +72,25 @@ class Engine:
         num_pages: of the pool.
         mesh: over which the parameters lie, with axes of type Auto; None: the default device.
         optimistic: whether requests are admitted that may later have to make room, see `FirstCome`.
+        consume: give up `params` as they are taken apart, so that memory holds them once.
     """
 
     def __init__(
         self,
         graph: nnx.GraphDef[Any],
-        params: Params,
+        params: nnx.State[Any, Any],
         model: DecoderConfig,
         grid: Grid,
         num_pages: int,
         *,
         mesh: Mesh | None = None,
         optimistic: bool = False,
+        consume: bool = False,
     ) -> None:
         self.model: DecoderConfig = model
         self.grid: Grid = grid
         self.cache: CacheConfig = cache_config(model, grid, num_pages)
-        self._graph, self._params = graph, params
+        self._graph, self._params = graph, split_layers(params, consume=consume)
         self._programs: dict[Bucket, Callable[..., tuple[EngineState, Drawn]]] = {}
         self._give_seats: Callable[..., EngineState] | None = None
         state = EngineState.init(*self.cache.init(), grid)
@@ -140,39 +142,51 @@ class Engine:
         """
         if self.planner.busy:
             self.warm_up()
-        running: deque[tuple[Planned, Drawn]] = deque()
-        while self.planner.busy or running:
-            planned = self.planner.plan()
-            if planned is not None:
-                running.append((planned, self._dispatch(planned)))
-            elif not running:
-                raise OutOfPages(
-                    f"{self.planner.ledger.held} of {self.planner.ledger.num_pages} pages are held "
-                    "by chats or loaded prefixes, too many for the next request: close some of "
-                    "them or raise the KV memory"
-                )
-            if planned is None or len(running) > 1:
-                yield self._receive(*running.popleft())
+        running: deque[tuple[Planned, Future[Drawn]]] = deque()
+        # A device's loop may keep the thread that started it until it ends; this one plans.
+        with ThreadPoolExecutor(max_workers=1) as device:
+            while self.planner.busy or running:
+                planned = self.planner.plan()
+                if planned is not None:
+                    seats = self._seat_arguments(planned.seats)
+                    step = self._put(planned.step)
+                    running.append((planned, device.submit(self._compute, planned, seats, step)))
+                elif not running:
+                    raise OutOfPages(
+                        f"{self.planner.ledger.held} of {self.planner.ledger.num_pages} pages are "
+                        "held by chats or loaded prefixes, too many for the next request: close "
+                        "some of them or raise the KV memory"
+                    )
+                if planned is None or len(running) > 1:
+                    yield self._receive(*running.popleft())
 
-    def _dispatch(self, planned: Planned) -> Drawn:
-        """Gives a call to the device, without waiting for it."""
+    def _put(self, arrays: Any) -> Any:
+        """Sends arrays to the device ahead of the call that needs them."""
+        return jax.device_put(arrays, self._shardings and self._shardings[1])
+
+    def _compute(self, planned: Planned, seats: list[Any], step: StepPlan[jax.Array]) -> Drawn:
+        """Gives a call to the device."""
         assert self._give_seats is not None
         with NoCompilation():
-            for start in range(0, len(planned.seats), _SEATS):
-                seats = self._seat_arguments(planned.seats[start : start + _SEATS])
-                self.state = self._give_seats(self.state, *seats)
-            program = self._programs[planned.bucket]
-            self.state, drawn = program(self._params, self.state, planned.step)
+            for arguments in seats:
+                self.state = self._give_seats(self.state, *arguments)
+            self.state, drawn = self._programs[planned.bucket](self._params, self.state, step)
         for array in jax.tree.leaves(_wanted(planned, drawn)):
             array.copy_to_host_async()
         return drawn
 
-    def _receive(self, planned: Planned, drawn: Drawn) -> list[Output]:
+    def _receive(self, planned: Planned, drawn: Future[Drawn]) -> list[Output]:
         """Waits for a call and deals out what it brought."""
-        token, logprobs, scores = jax.tree.map(np.asarray, _wanted(planned, drawn))
+        wanted = _wanted(planned, drawn.result())
+        token, logprobs, scores = jax.tree.map(np.asarray, wanted)
         return [_output(s, logprobs, scores) for s in self.planner.accept(planned, token)]
 
-    def _seat_arguments(self, seats: tuple[Seat, ...]) -> tuple[Any, ...]:
+    def _seat_arguments(self, seats: tuple[Seat, ...]) -> list[Any]:
+        """What `give_seats` takes, for as many calls as these seats need."""
+        groups = (seats[start : start + _SEATS] for start in range(0, len(seats), _SEATS))
+        return [self._put(self._fill_seats(group)) for group in groups]
+
+    def _fill_seats(self, seats: tuple[Seat, ...]) -> tuple[Any, ...]:
         arguments = seats_as_arrays(self.grid, self.cache.num_pages, _SEATS)
         rows, pages, length, tokens, settings = arguments
         for i, given in enumerate(seats):

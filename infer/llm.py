@@ -114,7 +114,9 @@ class LLM:
         length = min(max_length or 8192, config.max_positions)
         grid = choose_grid(length, max_rows, page_size, token_budget, decode_steps)
         num_pages = choose_num_pages(config, grid, kv_memory)
-        engine = Engine(graph, params, config, grid, num_pages, mesh=mesh, optimistic=optimistic)
+        engine = Engine(
+            graph, params, config, grid, num_pages, mesh=mesh, optimistic=optimistic, consume=True
+        )
         return LLM(engine, tokenizer, eos_ids)
 
     def generate(
@@ -308,6 +310,7 @@ class LLM:
             stop_ids=self._stop_ids(params),
             score_from=score_from,
             logprobs=params.logprobs is not None,
+            greedy=params.is_greedy,
             sampling=params,
         )
         stream = self.tokenizer.stream() if self.tokenizer else TextStream(lambda ids: "")

@@ -90,6 +90,12 @@ class SamplingParams:
         if isinstance(self.stop, str) or not all(self.stop):
             raise ValueError("stop must be a tuple of texts that are not empty")
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether every token is the likeliest one, whatever the row's tokens were before."""
+        penalties = self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty
+        return not (self.temperature or self.min_tokens or self.logit_bias or any(penalties))
+
 
 _RANGES = (
     ("min_tokens", 0, 2**31 - 1),

@@ -4,6 +4,7 @@ Letters: T tokens of a step, B rows that draw, Z seats, S steps that one call ma
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -15,14 +16,15 @@ from kvjax.cache import KVPool, PageTable, advance, grow, seat, slots_of, write_
 from kvjax.infer.draw import Logprobs, RowSettings, draw, logprobs_of
 from kvjax.infer.sampling import MAX_LOGPROBS
 from kvjax.models.attention import paged_attend
-from kvjax.models.decoder import Decoder
+from kvjax.models.decoder import Decoder, LayerParams
 from kvjax.pallas_kernels.page_attention import Items, WorkList, prepare
 from kvjax.plan import Grid, StepPlan
 
 __all__ = ["Drawn", "EngineState", "Params", "give_seats", "step"]
 
 Array = jax.Array
-Params = nnx.State[Any, Any]
+Params = tuple[nnx.State[Any, Any], LayerParams]
+"""A decoder's parameters, from `split_layers`."""
 
 # Tokens of a prompt that are scored at a time: their logits, [64, V], bound the memory.
 _SCORED_AT_ONCE = 64
@@ -113,25 +115,26 @@ def step(
         state: donate it.
         plan: of one of the grid's shapes.
     """
-    decoder = nnx.merge(graph, params)
+    first, layers = params
+    decoder = nnx.merge(graph, first)
     state = dataclasses.replace(state, table=grow(state.table, *plan.grow))
     if plan.tiles.shape[0]:
-        return _chunk_step(decoder, grid, state, plan)
-    return _decode_steps(decoder, grid, state, plan)
+        return _chunk_step(decoder, layers, grid, state, plan)
+    return _decode_steps(decoder, layers, grid, state, plan)
 
 
 def _chunk_step(
-    decoder: Decoder, grid: Grid, state: EngineState, plan: StepPlan[Array]
+    decoder: Decoder, layers: LayerParams, grid: Grid, state: EngineState, plan: StepPlan[Array]
 ) -> tuple[EngineState, Drawn]:
     tokens = _tokens(state, plan)
-    state, hidden = _compute(decoder, grid, state, plan, tokens, plan.position, plan.row)
+    state, hidden = _compute(decoder, layers, grid, state, plan, tokens, plan.position, plan.row)
     state, token, logprobs = _draw(decoder, state, plan, hidden, plan.position)
     one = jax.tree.map(lambda x: x[None], (token, logprobs))
     return state, Drawn(*one, scores=_score(decoder, plan, hidden))
 
 
 def _decode_steps(
-    decoder: Decoder, grid: Grid, state: EngineState, plan: StepPlan[Array]
+    decoder: Decoder, layers: LayerParams, grid: Grid, state: EngineState, plan: StepPlan[Array]
 ) -> tuple[EngineState, Drawn]:
     max_rows, (t, b) = grid.max_rows, (plan.token.shape[0], plan.sample.shape[0])
     place = jnp.where(plan.sample_row < max_rows, plan.sample, t)
@@ -143,7 +146,7 @@ def _decode_steps(
         row = jnp.where(brings, plan.row, max_rows)
         tokens = _tokens(state, plan._replace(token=jnp.where(i == 0, plan.token, -1)))
         position = plan.position + i
-        state, hidden = _compute(decoder, grid, state, plan, tokens, position, row)
+        state, hidden = _compute(decoder, layers, grid, state, plan, tokens, position, row)
         state, token, logprobs = _draw(decoder, state, plan, hidden, position)
         token = jnp.where(live, token, -1)
         stop = state.settings.stop.at[plan.sample_row].get(mode="clip")
@@ -174,8 +177,8 @@ def _tokens(state: EngineState, plan: StepPlan[Array]) -> Array:
 
 
 def _compute(
-    decoder: Decoder, grid: Grid, state: EngineState, plan: StepPlan[Array], tokens: Array,
-    position: Array, row: Array,
+    decoder: Decoder, layers: LayerParams, grid: Grid, state: EngineState, plan: StepPlan[Array],
+    tokens: Array, position: Array, row: Array,
 ) -> tuple[EngineState, Array]:  # fmt: skip
     """Brings tokens into the rows' pages; also their hidden states [T, E]."""
     max_rows = grid.max_rows
@@ -186,7 +189,7 @@ def _compute(
     work = _work(grid, table, plan, jnp.where(row < max_rows, position, -1))
     work = prepare(work, pool, decoder.config.num_heads)
     attend = paged_attend(slots, work, decoder.config.layer_windows())
-    hidden, pool = decoder(tokens, position, pool, attend)
+    hidden, pool = decoder(tokens, position, pool, attend, layers=layers)
     history = state.history.at[row, position].set(tokens, mode="drop")
     return dataclasses.replace(state, pool=pool, table=table, history=history), hidden
 
@@ -207,14 +210,23 @@ def _draw(
 ) -> tuple[EngineState, Array, Logprobs]:
     """Draws the successors of the sampled places: int32[B] and their log-probabilities."""
     logits = decoder.logits(hidden[plan.sample])
-    settings, history = jax.tree.map(
-        lambda x: x.at[plan.sample_row].get(mode="clip"), (state.settings, state.history)
-    )
-    token = draw(logits, settings, history, position[plan.sample] + 1)
-    logprobs = jax.lax.cond(
-        plan.logprobs, logprobs_of, lambda *_: _no_logprobs(len(token)), logits, token
-    )
-    last_token = state.last_token.at[plan.sample_row].set(token, mode="drop")
+    row = plan.sample_row
+
+    def likeliest() -> tuple[Array, Logprobs]:
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return token, _no_logprobs(len(token))
+
+    def asked() -> tuple[Array, Logprobs]:
+        settings, history = jax.tree.map(
+            lambda x: x.at[row].get(mode="clip"), (state.settings, state.history)
+        )
+        token = draw(logits, settings, history, position[plan.sample] + 1)
+        nothing = functools.partial(_no_logprobs, len(token))
+        return token, jax.lax.cond(plan.logprobs, lambda: logprobs_of(logits, token), nothing)
+
+    # A GPU waits for the host at every condition; most batches need this one only.
+    token, logprobs = jax.lax.cond(plan.asks, asked, likeliest)
+    last_token = state.last_token.at[row].set(token, mode="drop")
     return dataclasses.replace(state, last_token=last_token), token, logprobs
 
 

@@ -25,11 +25,14 @@ import tyro
 from flax import nnx
 
 from kvjax.errors import InputError
+from kvjax.infer.bench.idle import busy_and_span, device_times
 from kvjax.infer.commands.shared import parse_arguments, warm_up
 from kvjax.infer.compilations import CompilationCount
+from kvjax.infer.engine import Engine
 from kvjax.infer.llm import LLM
 from kvjax.infer.sampling import SamplingParams
 from kvjax.models import Decoder, DecoderConfig, hf
+from kvjax.plan import Request
 
 __all__ = ["BenchGenerate", "Workload", "main", "workloads"]
 
@@ -62,7 +65,8 @@ class BenchGenerate:
     token_budget: int | None = None
     """See LLM.load."""
     profile: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Also write a profile of our last repetition of each workload."""
+    """Also profile our decoding steps, write the profiles there and say how long the device waits;
+    needs an accelerator."""
     json: bool = False
     """End with one JSON object on stdout."""
 
@@ -147,20 +151,33 @@ def _measure(
     results: dict[str, dict[str, Any]] = {}
     for seed in range(args.repetitions + 1):
         for work in workloads(args, vocab_size, seed):
-            last = side == "ours" and args.profile and seed == args.repetitions
-            if last:
-                jax.profiler.start_trace(str(args.profile / work.name))
             start = time.perf_counter()
             answers = generate(work)
             seconds = time.perf_counter() - start
-            if last:
-                jax.profiler.stop_trace()
             if not seed:  # warms up
                 results[work.name] = {"tokens": sum(work.outputs), "answers": answers, "s": []}
             else:
                 results[work.name]["s"].append(seconds)
             print(f"{side} {work.name}: {seconds:.3f} s", file=sys.stderr)
     return results
+
+
+def _profile(engine: Engine, work: Workload, folder: Path) -> dict[str, float]:
+    """Profiles decoding steps in the middle of a workload of equal requests."""
+    for i, (prompt, n) in enumerate(zip(work.prompts, work.outputs, strict=True)):
+        engine.planner.add(Request(id=i, prompt=tuple(prompt), max_tokens=n))
+    rows, drawn, begin, end = len(work.prompts), 0, 0, 0
+    for outputs in engine.run():
+        drawn += sum(len(output.tokens) for output in outputs)
+        if not begin and drawn >= 16 * rows:
+            jax.profiler.start_trace(str(folder))
+            begin = drawn
+        elif begin and not end and drawn >= 48 * rows:
+            jax.profiler.stop_trace()
+            end = drawn
+    busy, span = busy_and_span(device_times(folder))
+    steps = (end - begin) / rows
+    return {"step_ms": round(span / steps / 1e3, 3), "device_idle": round(1 - busy / span, 4)}
 
 
 def _figures(ours: dict[str, Any], peer: dict[str, Any] | None) -> dict[str, Any]:
@@ -207,6 +224,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         generate, llm = _ours(args, folder)
     with CompilationCount() as compiled:
         ours = _measure(args, config.vocab_size, generate, "ours")
+    profiles = {
+        work.name: _profile(llm.engine, work, args.profile / work.name)
+        for work in workloads(args, config.vocab_size, seed=args.repetitions + 1)
+        if args.profile and work.name.startswith("equal")
+    }
     result = {
         "device": jax.devices()[0].device_kind,
         "shape": args.shape,
@@ -216,6 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "versions": _versions(),
         "compilations_after_warmup": compiled.count,
         "workloads": {name: _figures(ours[name], peer.get(name)) for name in ours},
+        "decoding": profiles,
     }
     _report(args, result)
     return 0
@@ -240,5 +263,11 @@ def _report(args: BenchGenerate, result: dict[str, Any]) -> None:
                 f"{figures['answers_equal']:.0%} of the answers equal"
             )
         print(line, file=sys.stderr if args.json else sys.stdout)
+    for name, figures in result["decoding"].items():
+        print(
+            f"{name}: a decoding step of {figures['step_ms']} ms, in which the device waits "
+            f"{figures['device_idle']:.1%} of the time",
+            file=sys.stderr if args.json else sys.stdout,
+        )
     if args.json:
         print(json.dumps(result))

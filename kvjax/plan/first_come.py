@@ -41,6 +41,7 @@ class Request:
         score_from: the first token of the prompt, 1 or later, whose log-probability is wanted,
             with all that follow it; None: of none.
         logprobs: whether log-probabilities of the drawn tokens are wanted.
+        greedy: whether the likeliest tokens are wanted and nothing else.
         sampling: handed to the device with the seat; the planner does not look at it.
     """
 
@@ -50,6 +51,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     score_from: int | None = None
     logprobs: bool = False
+    greedy: bool = True
     sampling: Any = None
 
 
@@ -344,7 +346,9 @@ class FirstCome:
 
     def _pack(self, seats: list[Seat], runs: list[tuple[_Row, Run]], steps: int) -> Planned:
         bucket, step = pack([run for _, run in runs], self.grid, steps)
-        step.logprobs[...] = any(row.request.logprobs for row, run in runs if run.draws)
+        drawing = [row.request for row, run in runs if run.draws]
+        step.logprobs[...] = any(request.logprobs for request in drawing)
+        step.asks[...] = step.logprobs or not all(request.greedy for request in drawing)
         entries, column, place = [], 0, 0
         for row, run in runs:
             scored = None

@@ -111,6 +111,7 @@ class StepPlan(NamedTuple, Generic[A]):
         steps: int32 scalar, how many the call runs; more than 1 only without chunks.
         target: int32[T], the token whose log-probability is wanted after this one; -1: none.
         logprobs: bool scalar, whether log-probabilities of drawn tokens are wanted.
+        asks: bool scalar, whether a row wants more than the likeliest token.
     """
 
     token: A
@@ -128,6 +129,7 @@ class StepPlan(NamedTuple, Generic[A]):
     steps: A
     target: A
     logprobs: A
+    asks: A
 
     @staticmethod
     def empty(grid: Grid, bucket: Bucket) -> "StepPlan[Array]":
@@ -152,6 +154,7 @@ class StepPlan(NamedTuple, Generic[A]):
             steps=np.ones((), np.int32),
             target=np.full(tokens, -1, np.int32),
             logprobs=np.zeros((), np.bool_),
+            asks=np.zeros((), np.bool_),
         )
 
 
