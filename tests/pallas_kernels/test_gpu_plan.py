@@ -111,7 +111,7 @@ def test_ragged_rows_split_at_fixed_sizes(page_size, heads):
     plan = check(q, pool, work)
     assert plan.classes[0].shape.mode is (Mode.SINGLE if heads % 2 else Mode.HEADS)
     tiles = np.asarray(plan.classes[0].units)[0, 0, : int(plan.classes[0].count), Field.TILES]
-    assert list(tiles) == sorted(tiles, reverse=True) and tiles.sum() == 1 + 4 + 3 + 4
+    assert list(tiles) == sorted(tiles, reverse=True) and tiles.sum() == 1 + 2 + 2 + 2
 
 
 def test_rows_in_one_item_are_written_straight():
@@ -161,7 +161,8 @@ def test_entries_without_a_page_and_tables_for_each_head():
     assert holes.sum() == 1 and holes[0, 1].any()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
 def test_random_work_lists(seed):
     """Whole batches of every kind at once."""
     rng = np.random.default_rng(seed)
@@ -195,7 +196,7 @@ def test_a_plan_is_made_for_one_way_of_calling():
     pool = jax.tree.map(lambda x: x.astype(jnp.bfloat16), pool)
     pool = dataclasses.replace(pool, **{n: jnp.tile(getattr(pool, n), 8) for n in "kv"})
     work = work_list(table, [items([[0, 0, 2, 0, 1]], 1, 2)], [19])
-    ready = prepare(work, pool, 8, implementation="gpu")
+    ready = jax.jit(lambda: prepare(work, pool, 8, implementation="gpu"))()
     q = jnp.ones((1, 4, 64), jnp.bfloat16)
     if jax.__version_info__ >= (0, 11):
         with pytest.raises(ValueError, match="prepared for"):
