@@ -1,4 +1,4 @@
-"""Times `page_attention` on the default device, as the engine calls it: a scan over the layers.
+"""`kvjax bench kernels`: times `page_attention`, as the engine calls it: a scan over the layers.
 
 Every layer reads other bytes, so nothing is found in a cache that would not be there in use. Each
 layer's number depends on the output before it, so that the layers run one after the other, and no
@@ -8,19 +8,35 @@ what a call costs by itself drops out.
 
 import dataclasses
 import functools
+import json
+import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
 from kvjax.cache import KVPool
+from kvjax.errors import InputError
+from kvjax.infer.commands.shared import parse_arguments
 from kvjax.pallas_kernels.page_attention import Items, WorkList, page_attention, prepare
 from kvjax.plan.step import cut_items
 
-__all__ = ["Case", "Timing", "kernel_cases", "random_pool", "time_kernels", "work_of"]
+__all__ = [
+    "BenchKernels",
+    "Case",
+    "Timing",
+    "kernel_cases",
+    "main",
+    "random_pool",
+    "seconds_a_call",
+    "time_cudnn",
+    "time_kernels",
+    "work_of",
+]
 
 Array = jax.Array
 
@@ -240,15 +256,48 @@ def _time_case(case: Case, implementation: str | None) -> Timing:
         return jax.lax.scan(layer, jnp.int32(0), jnp.arange(case.layers, dtype=jnp.int32))[0]
 
     seconds = seconds_a_call(functools.partial(layers, q, pool, work)) / case.layers
-    tokens = int(length.sum()) - case.prefix * (case.rows - case.groups[0])
-    pairs = case.queries * int(length.sum()) - case.rows * case.queries * (case.queries - 1) // 2
+    return _timing(case, int(length.sum()), seconds, implementation or "default")
+
+
+def _timing(case: Case, total: int, seconds: float, implementation: str) -> Timing:
+    """From a layer's time; `total` is the sum of the rows' lengths."""
+    tokens = total - case.prefix * (case.rows - case.groups[0])
+    pairs = case.queries * total - case.rows * case.queries * (case.queries - 1) // 2
     return Timing(
         case=case.name,
         microseconds=seconds * 1e6,
         terabytes=tokens * case.kv_heads * case.dim * 4 / seconds / 1e12,
         teraflops=pairs * case.heads * case.dim * 4 / seconds / 1e12,
-        implementation=implementation or "default",
+        implementation=implementation,
     )
+
+
+def time_cudnn(case: Case) -> Timing | None:
+    """Attention of cuDNN to the same tokens in dense arrays, or None if it has none for the case.
+
+    Its keys and values are the same in every repetition; at these sizes they do not fit a cache.
+    """
+    if case.prefix or not isinstance(case.own, int) or jax.default_backend() != "gpu":
+        return None
+    keys = jax.random.split(jax.random.key(0), 3)
+    query, key = (case.rows, case.queries, case.heads), (case.rows, case.own, case.kv_heads)
+    q, k, v = (
+        jax.random.normal(seed, (*shape, case.dim), jnp.bfloat16)
+        for seed, shape in zip(keys, (query, key, key), strict=True)
+    )
+
+    @jax.jit
+    def often(q: Array, k: Array, v: Array) -> Array:
+        def once(i: Array, q: Array) -> Array:
+            with jax.numpy_dtype_promotion("standard"):
+                return jax.nn.dot_product_attention(
+                    q, k, v, is_causal=case.queries > 1, implementation="cudnn"
+                )
+
+        return jax.lax.fori_loop(0, 16, once, q)
+
+    seconds = seconds_a_call(functools.partial(often, q, k, v)) / 16
+    return _timing(case, case.rows * case.own, seconds, "cudnn")
 
 
 def seconds_a_call(call: Callable[[], Any], repeats: int = 5) -> float:
@@ -264,3 +313,49 @@ def seconds_a_call(call: Callable[[], Any], repeats: int = 5) -> float:
     run(1)
     n = max(1, int(0.03 / run(1)))
     return float(np.median([(run(4 * n) - run(n)) / (3 * n) for _ in range(repeats)]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchKernels:
+    """Time attention over pages on the device at hand, beside cuDNN on dense arrays."""
+
+    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT ...")] = ()
+    """Parts of the names of the cases to run; nothing: all of them. They need up to 70 GB."""
+    implementation: Literal["reference", "gpu", "tpu"] | None = None
+    """Of page_attention; nothing: the best one here."""
+    peer: Literal["cudnn", "none"] = "cudnn"
+    """What else is timed, where it can be."""
+    json: bool = False
+    """End with one JSON object on stdout."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0."""
+    args = parse_arguments(BenchKernels, "kvjax bench kernels", argv)
+    cases = [
+        case
+        for case in kernel_cases()
+        if not args.only or any(part in case.name for part in args.only)
+    ]
+    if not cases:
+        names = "; ".join(case.name for case in kernel_cases())
+        raise InputError(f"no case is called {' or '.join(args.only)}: they are {names}")
+    timings = []
+    for case in cases:
+        timings += time_kernels((case,), args.implementation)
+        peer = time_cudnn(case) if args.peer == "cudnn" else None
+        timings += [peer] if peer else []
+        for timing in timings[-2:] if peer else timings[-1:]:
+            print(_line(timing), file=sys.stderr if args.json else sys.stdout)
+    if args.json:
+        device = jax.devices()[0].device_kind
+        found = [dataclasses.asdict(timing) for timing in timings]
+        print(json.dumps({"device": device, "jax": jax.__version__, "timings": found}))
+    return 0
+
+
+def _line(timing: Timing) -> str:
+    return (
+        f"{timing.case:<50} {timing.implementation:<9} {timing.microseconds:9.1f} us "
+        f"{timing.terabytes:6.2f} TB/s {timing.teraflops:6.0f} TFLOP/s"
+    )
