@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache import Branch, OutOfPages, PageTable
@@ -87,12 +88,13 @@ def save_prefix(prefix: Prefix, path: str | Path, note: Mapping[str, Any]) -> No
     """
     engine, tokens, pages = prefix.engine, prefix.tokens, prefix.pages
     shape = (*engine.cache.tables, 1)
+    entries = np.full((*shape, engine.cache.pages_per_row), engine.cache.num_pages, np.int32)
+    entries[..., : len(pages)] = pages
     table = PageTable(
-        pages=np.full((*shape, engine.cache.pages_per_row), engine.cache.num_pages, np.int32),
-        length=np.full(shape, len(tokens), np.int32),
-        position=np.full(1, len(tokens), np.int32),
+        pages=jnp.asarray(entries),
+        length=jnp.full(shape, len(tokens), jnp.int32),
+        position=jnp.full((1,), len(tokens), jnp.int32),
     )
-    np.asarray(table.pages)[..., : len(pages)] = pages
     save_cache(
         path, engine.state.pool, table, config=engine.cache, tokens=[tokens], note=note,
         model=fingerprint(engine.model, engine.params),

@@ -267,8 +267,12 @@ def _stored(array: np.ndarray) -> np.ndarray:
 
 
 def _caches(arrays: dict[str, np.ndarray], config: CacheConfig) -> tuple[KVPool, PageTable]:
-    pool = {f.name: arrays.get(f"pool.{f.name}") for f in dataclasses.fields(KVPool)}
-    table = {f.name: arrays[f"table.{f.name}"] for f in dataclasses.fields(PageTable)}
+    pool: dict[str, Any] = {
+        f.name: arrays.get(f"pool.{f.name}") for f in dataclasses.fields(KVPool)
+    }
+    table: dict[str, Any] = {
+        f.name: arrays[f"table.{f.name}"] for f in dataclasses.fields(PageTable)
+    }
     dtype = jnp.dtype(config.dtype)
     pool |= {name: pool[name].view(dtype) for name in ("k", "v")}
     return KVPool(**pool), PageTable(**table)
