@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-import tyro
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -183,6 +182,8 @@ def _peer(options: BenchOptions) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
+    import tyro  # The peer's process imports this module too, and reads no command line.
+
     arguments = sys.argv[1:] if argv is None else argv
     options = tyro.cli(BenchOptions, prog="kvjax bench train", args=arguments)
     result: dict[str, Any] = {

@@ -90,7 +90,7 @@ def make_decoder(config: DecoderConfig) -> Any:
 
         def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             x = self.embed(inputs).to(torch.bfloat16)
-            sin, cos = self.sin[: x.shape[1]], self.cos[: x.shape[1]]
+            sin, cos = (self.get_buffer(name)[: x.shape[1]] for name in ("sin", "cos"))
             for block in self.blocks:
                 x = block(x, sin, cos)
             logits = self.head(self.norm(x)).float()

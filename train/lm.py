@@ -135,9 +135,10 @@ def _answers(
         windows = windows.at[0].set(batch.window)
     attend = causal_attend(windows)
     wrap = layer_remat(remat, unrolled=unroll)
-    hidden, _ = decoder(batch.tokens, batch.positions, (), attend, remat=wrap, unroll=unroll)
+    tokens, positions = jnp.asarray(batch.tokens), jnp.asarray(batch.positions)
+    hidden, _ = decoder(tokens, positions, (), attend, remat=wrap, unroll=unroll)
     hidden = jnp.take_along_axis(hidden, batch.places[..., None], axis=1)
-    return hidden, jnp.take_along_axis(batch.tokens, batch.places + 1, axis=1)
+    return hidden, jnp.take_along_axis(tokens, batch.places + 1, axis=1)
 
 
 def answer_loss(graph: nnx.GraphDef[Any], *, remat: str = "none", unroll: bool = False) -> Loss:
@@ -147,8 +148,9 @@ def answer_loss(graph: nnx.GraphDef[Any], *, remat: str = "none", unroll: bool =
         decoder = nnx.merge(graph, params)
         hidden, targets = _answers(decoder, batch, remat, unroll)
         kernel = output_kernel(decoder, hidden.dtype)
-        nats, right = cross_entropy(hidden, kernel, targets, batch.weights)
-        return Sums(nats, jnp.sum(batch.weights), {"accuracy": right})
+        weights = jnp.asarray(batch.weights)
+        nats, right = cross_entropy(hidden, kernel, targets, weights)
+        return Sums(nats, jnp.sum(weights), {"accuracy": right})
 
     return loss
 

@@ -17,7 +17,6 @@ __all__ = ["cross_entropy", "next_token_loss", "output_kernel"]
 Array = jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy(
     hidden: Array, kernel: Array, targets: Array, weights: Array, chunk: int = 8192
 ) -> tuple[Array, Array]:
@@ -37,6 +36,14 @@ def cross_entropy(
         Two float32 scalars: the weighted sum of -log p(target), in nats, and the weight of the
         targets that are likelier than every other token.
     """
+    sums: Any = _cross_entropy(hidden, kernel, targets, weights, chunk)
+    return sums
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _cross_entropy(
+    hidden: Array, kernel: Array, targets: Array, weights: Array, chunk: int
+) -> tuple[Array, Array]:
     return _sums(hidden, kernel, targets, weights, chunk)
 
 
@@ -81,7 +88,7 @@ def _times_gradient(chunk: int, grads: tuple, cotangents: tuple[Array, Array]) -
     return (*(x * cotangents[0].astype(x.dtype) for x in grads), None, None)
 
 
-cross_entropy.defvjp(_sums_and_gradient, _times_gradient)
+_cross_entropy.defvjp(_sums_and_gradient, _times_gradient)
 
 
 def _chunk(x: Array, kernel: Array, targets: Array, weights: Array) -> tuple[Array, ...]:

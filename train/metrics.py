@@ -122,13 +122,14 @@ class MetricsLog:
         if self._clock is None:
             self._clock = time.perf_counter()
         else:
-            self._since = Work(*map(sum, zip(self._since, work, strict=True)))
+            since = self._since
+            self._since = Work(since.tokens + work.tokens, since.flops + work.flops)
 
     def _speed(self) -> dict[str, float]:
         seconds = time.perf_counter() - (self._clock or 0.0)
         if not self._since.tokens or seconds <= 0:
             return {}
-        row = {"tokens_per_second": round(self._since.tokens / seconds)}
+        row: dict[str, float] = {"tokens_per_second": round(self._since.tokens / seconds)}
         if self._peak and self._since.flops:
             row |= {"mfu": round(self._since.flops / seconds / self._peak, 4)}
         return row

@@ -206,8 +206,8 @@ def make_step(
             leaves that to the compiler, which is right for a state on one device without a mesh.
     """
     options.check()
-    # Only GPUs need to be asked.
-    exact = {"xla_gpu_deterministic_ops": True} if options.deterministic else None
+    # Only GPUs need to be asked, and others may not know the option.
+    exact = {"xla_gpu_deterministic_ops": True} if options.deterministic and _on_gpu(like) else None
 
     # Said here and not by constraints inside: an axis of one device would come back unnamed, and
     # the second step compile again.
@@ -230,6 +230,11 @@ def make_step(
         return new, {"grad_norm": norm} | means
 
     return step
+
+
+def _on_gpu(like: TrainState | None) -> bool:
+    devices = jax.devices()[:1] if like is None else like.step.sharding.device_set
+    return any(device.platform in ("gpu", "cuda") for device in devices)
 
 
 def cast_params(params: Any, dtype: str) -> Any:
