@@ -66,18 +66,18 @@ def test_killed_at_random_moments_every_request_is_answered_once(tmp_path):
     out = tmp_path / "out.jsonl"
 
     killed, kept = 0, []
-    for new_lines in (0, 5, 3, 4):
+    for new_lines in (0, 5, 4):
         seconds = draw.uniform(0, 0.2 if new_lines else 4.0)
         killed += kill_after(start(tmp_path), out, new_lines, seconds)
         found = [line["custom_id"] for line in whole_lines(out) if line["error"] is None]
         assert found[: len(kept)] == kept  # what was answered stays, byte by byte in its place
         assert max(Counter(found).values(), default=1) == 1
         kept = found
-        if new_lines == 3:
+        if new_lines == 5:
             torn = out.read_bytes().split(b"\n")[-2][:200]
             with out.open("ab") as file:
                 file.write(torn)
-    assert killed == 4 and 0 < len(kept) < COUNT
+    assert killed == 3 and 0 < len(kept) < COUNT
 
     last = start(tmp_path, "--json")
     stdout, stderr = last.communicate()

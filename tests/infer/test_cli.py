@@ -103,8 +103,9 @@ def test_generate_takes_every_option_of_sampling(folder, capsys):
     ended = generate("--max-tokens", "8", "--stop", stops[0], "--stop", stops[1])
     assert ended["text"] == plain["text"][: min(plain["text"].index(stop) for stop in stops)]
     assert ended["finish_reason"] == "stop" and "logprobs" not in ended
-    for penalty in ("--repetition-penalty", "--presence-penalty", "--frequency-penalty"):
-        assert generate("--max-tokens", "40", penalty, "9")["text"][:8] != plain["text"]
+    penalties = ["--repetition-penalty", "9", "--presence-penalty", "9"]
+    punished = generate("--max-tokens", "8", *penalties, "--frequency-penalty", "9")
+    assert punished["text"] != plain["text"]
 
 
 def batch(folder, model, out, **options):
