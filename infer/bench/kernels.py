@@ -49,6 +49,7 @@ class Case:
         name: what the case is called.
         groups: rows with the same prefix, and how many such groups there are: (groups, rows).
         prefix: tokens that the rows of a group share; 0: none.
+        levels: of a tree below the prefix: how many rows share a node, and its tokens.
         own: tokens of each row besides, or the least and the most of them.
         queries: query tokens a row, its last ones; 1: decoding.
         tile: queries an item, where there are several.
@@ -63,6 +64,7 @@ class Case:
     name: str
     groups: tuple[int, int]
     prefix: int = 0
+    levels: tuple[tuple[int, int], ...] = ()
     own: int | tuple[int, int] = 0
     queries: int = 1
     tile: int = 32
@@ -77,6 +79,16 @@ class Case:
     def rows(self) -> int:
         """All rows."""
         return self.groups[0] * self.groups[1]
+
+    @property
+    def shared(self) -> tuple[tuple[int, int], ...]:
+        """How many rows share, and how many tokens, from the prefix down."""
+        return ((self.groups[1], self.prefix), *self.levels) if self.prefix else self.levels
+
+    @property
+    def distinct(self) -> int:
+        """Tokens that rows share, each counted once."""
+        return sum(self.rows // share * tokens for share, tokens in self.shared)
 
     def own_lengths(self, rng: np.random.Generator) -> np.ndarray:
         """Each row's own tokens, int[rows]."""
@@ -126,6 +138,14 @@ def kernel_cases() -> tuple[Case, ...]:
             own=128,
             split=(2048, 2048),
         ),
+        # A root, 8 levels of nodes of 64 tokens, 4 children in the first three: 64 leaves.
+        Case(
+            name="tree of 64 leaves",
+            groups=(1, 64),
+            prefix=2048,
+            levels=((16, 64), (4, 64)),
+            own=6 * 64,
+        ),
     ]
     prefill = [
         Case(
@@ -157,20 +177,25 @@ def work_of(case: Case, seed: int = 0) -> tuple[WorkList, int, np.ndarray]:
     Pages lie in random order. The prefix's items come first.
     """
     rng = np.random.default_rng(seed)
-    size, (groups, members) = case.page_size, case.groups
-    own = case.own_lengths(rng)
-    length, shared = own + case.prefix, case.prefix // size
+    size, own = case.page_size, case.own_lengths(rng)
+    length = own + sum(tokens for _, tokens in case.shared)
     per_row = -(-own // size)
-    num_pages = groups * shared + int(per_row.sum())
+    num_pages = case.distinct // size + int(per_row.sum())
     order = rng.permutation(num_pages).astype(np.int32)
     pages = np.full((case.rows, int(-(-length.max() // size))), num_pages, np.int32)
-    pages[:, :shared] = np.repeat(order[: groups * shared].reshape(groups, -1), members, 0)
-    start = groups * shared + np.cumsum(per_row) - per_row
-    for row in range(case.rows):
-        pages[row, shared : shared + per_row[row]] = order[start[row] :][: per_row[row]]
+    taken = start = 0
+    for share, tokens in case.shared:
+        node = order[taken : taken + case.rows // share * tokens // size].reshape(
+            -1, tokens // size
+        )
+        pages[:, start : start + node.shape[1]] = np.repeat(node, share, 0)
+        taken, start = taken + node.size, start + node.shape[1]
+    for row, n in enumerate(per_row):
+        pages[row, start : start + n] = order[taken : taken + n]
+        taken += n
     position = length[:, None] - case.queries + np.arange(case.queries)
     work = WorkList(
-        items=tuple(_items(case, length, shared)),
+        items=tuple(_items(case, length)),
         pages=jnp.asarray(pages)[None, None],
         length=jnp.asarray(length, jnp.int32)[None, None],
         query_position=jnp.asarray(position.reshape(-1), jnp.int32),
@@ -178,22 +203,29 @@ def work_of(case: Case, seed: int = 0) -> tuple[WorkList, int, np.ndarray]:
     return work, num_pages, length
 
 
-def _items(case: Case, length: np.ndarray, shared: int) -> Iterator[Items]:
-    size, (groups, members) = case.page_size, case.groups
-    if shared:
-        first = np.arange(groups) * members
+def _items(case: Case, length: np.ndarray) -> Iterator[Items]:
+    """The prefix's items, then one class for all the others."""
+    size, start, found = case.page_size, 0, []
+    for share, tokens in case.shared:
+        first, n = np.arange(0, case.rows, share), tokens // size
         split = case.split[1] // size
-        index = cut_items(first, np.full(groups, shared), first, first + members, split)
-        yield _as_items(index, members, split)
+        index = cut_items(first, np.full(len(first), n), first, first + share, split)
+        index[:, 1:3] += start
+        found.append((index, share, min(n, split)))
+        start += n
     tiles = -(-case.queries // case.tile)
     offset = np.tile(np.arange(tiles) * case.tile, case.rows)
     last = np.minimum(offset + case.tile, case.queries)
     row = np.repeat(np.arange(case.rows), tiles)
     needed = -(-(length[row] - case.queries + last) // size)
     split, base = case.split[0] // size, row * case.queries
-    index = cut_items(row, needed - shared, base + offset, base + last, split)
-    index[:, 1:3] += shared
-    yield _as_items(index, min(case.tile, case.queries), split)
+    index = cut_items(row, needed - start, base + offset, base + last, split)
+    index[:, 1:3] += start
+    found.append((index, min(case.tile, case.queries), split))
+    if case.prefix:
+        yield _as_items(*found.pop(0))
+    index, queries, entries = zip(*found, strict=True)
+    yield _as_items(np.concatenate(index), max(queries), max(entries))
 
 
 def _as_items(index: np.ndarray, max_queries: int, max_pages: int) -> Items:
@@ -261,7 +293,7 @@ def _time_case(case: Case, implementation: str | None) -> Timing:
 
 def _timing(case: Case, total: int, seconds: float, implementation: str) -> Timing:
     """From a layer's time; `total` is the sum of the rows' lengths."""
-    tokens = total - case.prefix * (case.rows - case.groups[0])
+    tokens = total - case.rows * sum(tokens for _, tokens in case.shared) + case.distinct
     pairs = case.queries * total - case.rows * case.queries * (case.queries - 1) // 2
     return Timing(
         case=case.name,

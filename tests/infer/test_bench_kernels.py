@@ -12,6 +12,7 @@ from kvjax.infer.bench.kernels import Case, kernel_cases, work_of
 SMALL = {"heads": 4, "kv_heads": 2, "dim": 8, "layers": 2}
 CASES = (
     Case(name="shared", groups=(2, 3), prefix=64, own=(3, 40), split=(32, 32), **SMALL),
+    Case(name="tree", groups=(2, 8), prefix=64, levels=((4, 32), (2, 16)), own=40, **SMALL),
     Case(name="chunk", groups=(2, 1), own=96, queries=96, split=(128, 0), **SMALL),
 )
 
