@@ -82,7 +82,7 @@ def batch(kind, *, page_size=16, dim=128, kv_heads=8, group=4, layers=2, per_pag
     shape = (num_pages, layers, per_page, page_size, dim)
     k, v = (np.where(dead[:, None, None, :, None], np.nan, rng.normal(size=shape)) for _ in "kv")
     for hole in holes:
-        pages[0, 0, hole] = num_pages
+        pages[(0, 0, *hole)] = num_pages
     work = WorkList(
         items=tuple(work_items), pages=jnp.asarray(pages),
         length=jnp.asarray(lengths, jnp.int32), query_position=jnp.asarray(positions, jnp.int32),
