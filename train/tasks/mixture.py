@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
 
 import numpy as np
 
@@ -20,19 +19,17 @@ __all__ = ["AGGREGATION", "TASKS", "Mixture", "Task", "make_task"]
 Task = Callable[[np.random.Generator, Setting], Example]
 
 # T1 to T8 of the long-context suite; T3 has two forms.
-TASKS: Mapping[str, Task] = MappingProxyType(
-    {
-        "passkey": passkey,
-        "multi_key": multi_key,
-        "multi_query": multi_query,
-        "multi_value": multi_value,
-        "tracking": tracking,
-        "completion": completion,
-        "counting": counting,
-        "few_shot": few_shot,
-        "mixed": mixed,
-    }
-)
+TASKS: Mapping[str, Task] = {
+    "passkey": passkey,
+    "multi_key": multi_key,
+    "multi_query": multi_query,
+    "multi_value": multi_value,
+    "tracking": tracking,
+    "completion": completion,
+    "counting": counting,
+    "few_shot": few_shot,
+    "mixed": mixed,
+}
 # Those whose answer no single place of the document holds; the others localise.
 AGGREGATION = frozenset({"counting", "few_shot"})
 
