@@ -164,3 +164,32 @@ def test_page_write_is_in_place(chip, tokens, groups, pool):
     assert memory.alias_size_in_bytes == bytes_of(pool)
     assert memory.temp_size_in_bytes <= 16 << 20
     assert program.cost_analysis()["bytes accessed"] < bytes_of(pool) // 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chip", "sizes"), [("v5e", {}), ("tpu7x", {"D": 64})], ids=str)
+def test_layers_in_a_scan_copy_no_page(chip, sizes):
+    """As a decoder does: the pool is the carry, every layer writes into it and attends to it."""
+    q, pool, _, work, _ = attention_arguments(**sizes)
+    new = shaped(64, 8, pool.k.shape[4], dtype=pool.k.dtype)
+
+    def layers(pool, q, new, work, page, offset):
+        def layer(carry, number):
+            (k, v), q = carry
+            k, v = page_write(k, v, number, new, new, page, offset, implementation="tpu")
+            held = KVPool(k=k, v=v, position=None)
+            out, _ = page_attention(q, held, number, work, implementation="tpu")
+            return ((k, v), out), None
+
+        numbers = jnp.arange(4, dtype=jnp.int32)
+        return jax.lax.scan(layer, ((pool.k, pool.v), q), numbers)[0]
+
+    same, rest = Format(Layout(tuple(range(5))), sharding_on(chip)), sharding_on(chip)
+    slots = shaped(1, 64)
+    program = compiled(
+        chip, layers, (pool, q, new, work, slots, slots),
+        donate_argnums=0, out_shardings=((same, same), rest),
+    )  # fmt: skip
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes == bytes_of(pool)
+    assert memory.temp_size_in_bytes <= 16 << 20
