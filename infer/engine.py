@@ -113,11 +113,6 @@ class Engine:
             return
         states, _ = self._shardings or (None, None)
         place = jax.jit(give_seats, donate_argnums=0, out_shardings=states)
-        run = jax.jit(
-            functools.partial(step, self._graph, self.grid),
-            donate_argnums=1,
-            out_shardings=self._shardings,
-        )
         options = _GPU_OPTIONS if jax.default_backend() == "gpu" else None
         buckets = self.grid.buckets
         progress(0, len(buckets) + 1)
@@ -129,8 +124,10 @@ class Engine:
                 threads.submit(place.lower(self.state, *seats).compile, options): None
             }
             for bucket in buckets:
+                run = functools.partial(step, self._graph, self.grid, bucket)
+                jitted = jax.jit(run, donate_argnums=1, out_shardings=self._shardings)
                 plan = StepPlan.empty(self.grid, bucket)
-                lowered = run.lower(self._params, self.state, plan)
+                lowered = jitted.lower(self._params, self.state, plan)
                 compiling[threads.submit(lowered.compile, options)] = bucket
             for done, program in enumerate(as_completed(compiling), 1):
                 if (bucket := compiling[program]) is None:

@@ -31,6 +31,7 @@ def choose_grid(
         token_buckets=tuple(sorted({min(budget, max(64, max_rows)), budget})),
         split_pages=max(1, (256 if cpu else 1024) // page_size),
         decode_steps=decode_steps,
+        fixed=jax.default_backend() == "gpu",
     )
 
 

@@ -5,6 +5,7 @@ Letters: T tokens of a step, B rows that draw, Z seats, S steps that one call ma
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from kvjax.infer.sampling import MAX_LOGPROBS
 from kvjax.models.attention import paged_attend
 from kvjax.models.decoder import Decoder, LayerParams
 from kvjax.pallas_kernels.page_attention import Items, WorkList, prepare
-from kvjax.plan import Grid, StepPlan
+from kvjax.plan import Bucket, Grid, StepPlan
 
 __all__ = ["Drawn", "EngineState", "Params", "give_seats", "step"]
 
@@ -100,8 +101,9 @@ def give_seats(
 
 
 def step(
-    graph: nnx.GraphDef[Any], grid: Grid, params: Params, state: EngineState, plan: StepPlan[Array]
-) -> tuple[EngineState, Drawn]:
+    graph: nnx.GraphDef[Any], grid: Grid, bucket: Bucket, params: Params, state: EngineState,
+    plan: StepPlan[Array],
+) -> tuple[EngineState, Drawn]:  # fmt: skip
     """Computes a plan: writes its tokens' keys and values, attends, draws the next tokens.
 
     With chunks of prompts it is one step. Without, every row brings a token, and up to `plan.steps`
@@ -111,31 +113,34 @@ def step(
     Args:
         graph: of the decoder; static.
         grid: static.
+        bucket: one of the grid's shapes; static.
         params: of the decoder.
         state: donate it.
-        plan: of one of the grid's shapes.
+        plan: of that shape.
     """
     first, layers = params
     decoder = nnx.merge(graph, first)
     state = dataclasses.replace(state, table=grow(state.table, *plan.grow))
-    if plan.tiles.shape[0]:
-        return _chunk_step(decoder, layers, grid, state, plan)
-    return _decode_steps(decoder, layers, grid, state, plan)
+    if bucket.chunks:
+        return _chunk_step(decoder, layers, grid, bucket, state, plan)
+    return _decode_steps(decoder, layers, grid, bucket, state, plan)
 
 
 def _chunk_step(
-    decoder: Decoder, layers: LayerParams, grid: Grid, state: EngineState, plan: StepPlan[Array]
-) -> tuple[EngineState, Drawn]:
+    decoder: Decoder, layers: LayerParams, grid: Grid, bucket: Bucket, state: EngineState,
+    plan: StepPlan[Array],
+) -> tuple[EngineState, Drawn]:  # fmt: skip
     tokens = _tokens(state, plan)
     state, hidden = _compute(decoder, layers, grid, state, plan, tokens, plan.position, plan.row)
-    state, token, logprobs = _draw(decoder, state, plan, hidden, plan.position)
+    state, token, logprobs = _draw(decoder, bucket, state, plan, hidden, plan.position)
     one = jax.tree.map(lambda x: x[None], (token, logprobs))
-    return state, Drawn(*one, scores=_score(decoder, plan, hidden))
+    return state, Drawn(*one, scores=_score(decoder, bucket, plan, hidden))
 
 
 def _decode_steps(
-    decoder: Decoder, layers: LayerParams, grid: Grid, state: EngineState, plan: StepPlan[Array]
-) -> tuple[EngineState, Drawn]:
+    decoder: Decoder, layers: LayerParams, grid: Grid, bucket: Bucket, state: EngineState,
+    plan: StepPlan[Array],
+) -> tuple[EngineState, Drawn]:  # fmt: skip
     max_rows, (t, b) = grid.max_rows, (plan.token.shape[0], plan.sample.shape[0])
     place = jnp.where(plan.sample_row < max_rows, plan.sample, t)
 
@@ -147,7 +152,7 @@ def _decode_steps(
         tokens = _tokens(state, plan._replace(token=jnp.where(i == 0, plan.token, -1)))
         position = plan.position + i
         state, hidden = _compute(decoder, layers, grid, state, plan, tokens, position, row)
-        state, token, logprobs = _draw(decoder, state, plan, hidden, position)
+        state, token, logprobs = _draw(decoder, bucket, state, plan, hidden, position)
         token = jnp.where(live, token, -1)
         stop = state.settings.stop.at[plan.sample_row].get(mode="clip")
         live = live & ~jnp.any(stop == token[:, None], axis=1) & (i + 1 < plan.room)
@@ -158,12 +163,15 @@ def _decode_steps(
         return i + 1, state, live, drawn
 
     drawn = Drawn(
-        token=jnp.full((grid.decode_steps, b), -1, jnp.int32),
-        logprobs=_no_logprobs(grid.decode_steps, b),
+        token=jnp.full((bucket.steps, b), -1, jnp.int32),
+        logprobs=_no_logprobs(bucket.steps, b),
         scores=_no_logprobs(t),
     )
-    # The first step always runs: it may bring tokens of rows that draw nothing.
     carry = (jnp.int32(0), state, plan.room > 0, drawn)
+    if grid.fixed:
+        _, state, _, drawn = jax.lax.fori_loop(0, bucket.steps, lambda _, carry: one(carry), carry)
+        return state, drawn
+    # The first step always runs: it may bring tokens of rows that draw nothing.
     _, state, _, drawn = jax.lax.while_loop(
         lambda carry: (carry[0] == 0) | ((carry[0] < plan.steps) & jnp.any(carry[2])), one, carry
     )
@@ -206,8 +214,9 @@ def _work(grid: Grid, table: PageTable, plan: StepPlan[Array], query_position: A
 
 
 def _draw(
-    decoder: Decoder, state: EngineState, plan: StepPlan[Array], hidden: Array, position: Array
-) -> tuple[EngineState, Array, Logprobs]:
+    decoder: Decoder, bucket: Bucket, state: EngineState, plan: StepPlan[Array], hidden: Array,
+    position: Array,
+) -> tuple[EngineState, Array, Logprobs]:  # fmt: skip
     """Draws the successors of the sampled places: int32[B] and their log-probabilities."""
     logits = decoder.logits(hidden[plan.sample])
     row = plan.sample_row
@@ -224,13 +233,21 @@ def _draw(
         nothing = functools.partial(_no_logprobs, len(token))
         return token, jax.lax.cond(plan.logprobs, lambda: logprobs_of(logits, token), nothing)
 
-    # A GPU waits for the host at every condition; most batches need this one only.
-    token, logprobs = jax.lax.cond(plan.asks, asked, likeliest)
+    token, logprobs = _if_asked(bucket, plan, asked, likeliest)
     last_token = state.last_token.at[row].set(token, mode="drop")
     return dataclasses.replace(state, last_token=last_token), token, logprobs
 
 
-def _score(decoder: Decoder, plan: StepPlan[Array], hidden: Array) -> Logprobs:
+def _if_asked(
+    bucket: Bucket, plan: StepPlan[Array], asked: Callable[[], Any], plain: Callable[[], Any]
+) -> Any:
+    """What a plan that asks for something needs; most do not, and do not pay for it."""
+    if bucket.asks is None:
+        return jax.lax.cond(plan.asks, asked, plain)
+    return asked() if bucket.asks else plain()
+
+
+def _score(decoder: Decoder, bucket: Bucket, plan: StepPlan[Array], hidden: Array) -> Logprobs:
     """Log-probabilities of the plan's targets, if it has any."""
 
     def block(arguments: tuple[Array, Array]) -> Logprobs:
@@ -247,8 +264,13 @@ def _score(decoder: Decoder, plan: StepPlan[Array], hidden: Array) -> Logprobs:
         out = jax.lax.map(block, blocks)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(hidden)], out)
 
-    empty = _no_logprobs(len(hidden))
-    return jax.lax.cond(jnp.any(plan.target >= 0), scored, lambda: empty)
+    def nothing() -> Logprobs:
+        return _no_logprobs(len(hidden))
+
+    def asked() -> Logprobs:
+        return jax.lax.cond(jnp.any(plan.target >= 0), scored, nothing)
+
+    return _if_asked(bucket, plan, asked, nothing)
 
 
 def _no_logprobs(*shape: int) -> Logprobs:

@@ -303,17 +303,18 @@ class FirstCome:
         if not rows:
             return 1
         left = [row.draws_left for row in rows]
-        steps = min(self.grid.decode_steps, max(left))
+        most = max(left)
         if self._waiting:  # a seat that becomes free should not have to wait long
-            steps = min(steps, min(left))
+            most = min(left)
             if any(row.request.stop_ids for row in rows):
-                steps //= 2
+                most = min(most, self.grid.decode_steps // 2)
+        steps = self.grid.steps(most)
         size = self.grid.page_size
         new = (
             -(-(row.length + min(steps, n)) // size) - len(row.branch.pages)
             for row, n in zip(rows, left, strict=True)
         )
-        return max(1, steps if sum(new) <= self.ledger.available else 1)
+        return steps if sum(new) <= self.ledger.available else 1
 
     def _admit(self, row: _Row) -> bool:
         """Finds the pages that hold a request's beginning, if its other pages can be had."""
@@ -345,10 +346,11 @@ class FirstCome:
         )
 
     def _pack(self, seats: list[Seat], runs: list[tuple[_Row, Run]], steps: int) -> Planned:
-        bucket, step = pack([run for _, run in runs], self.grid, steps)
         drawing = [row.request for row, run in runs if run.draws]
-        step.logprobs[...] = any(request.logprobs for request in drawing)
-        step.asks[...] = step.logprobs or not all(request.greedy for request in drawing)
+        logprobs = any(request.logprobs for request in drawing)
+        asks = logprobs or not all(request.greedy for request in drawing)
+        bucket, step = pack([run for _, run in runs], self.grid, steps, asks)
+        step.logprobs[...] = logprobs
         entries, column, place = [], 0, 0
         for row, run in runs:
             scored = None

@@ -18,14 +18,22 @@ A = TypeVar("A")
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Bucket:
-    """One compiled shape: T tokens, B rows that draw, and whether a row may bring a chunk.
+    """One compiled shape.
 
-    Without chunks every row brings one token, and one call may run several steps.
+    Attributes:
+        tokens: T.
+        rows: B.
+        chunks: whether a row may bring several tokens of its prompt. Without chunks every row
+            brings one, and the call may run several steps.
+        steps: the most steps of a call; in a fixed grid, all of them.
+        asks: in a fixed grid, whether a row may want more than the likeliest token.
     """
 
     tokens: int
     rows: int
     chunks: bool
+    steps: int = 1
+    asks: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +49,9 @@ class Grid:
         split_pages: a work item spans at most so many pages, counted from the row's start.
         tile_queries: a work item of a chunk spans at most so many queries.
         decode_steps: S, the most steps of a call in which every row brings one token.
+        fixed: a call runs one step or all S, and what is asked for is part of its shape: more
+            shapes, but no loop and no condition that depends on data. A GPU waits for its host at
+            every such place.
     """
 
     page_size: int = 16
@@ -51,6 +62,7 @@ class Grid:
     split_pages: int = 16
     tile_queries: int = 32
     decode_steps: int = 8
+    fixed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("row_buckets", "token_buckets"):
@@ -70,12 +82,27 @@ class Grid:
     @property
     def buckets(self) -> tuple[Bucket, ...]:
         """Every shape that a step can have."""
-        decode = [Bucket(rows, rows, False) for rows in self.row_buckets]
-        return (*decode, *(Bucket(t, min(t, self.max_rows), True) for t in self.token_buckets))
+        kinds = (False, True) if self.fixed else (None,)
+        counts = {1, self.decode_steps} if self.fixed else {self.decode_steps}
+        shapes = [(rows, rows, False, n) for rows in self.row_buckets for n in sorted(counts)]
+        shapes += [(t, min(t, self.max_rows), True, 1) for t in self.token_buckets]
+        return tuple(Bucket(*shape, asks) for shape in shapes for asks in kinds)
 
-    def bucket(self, tokens: int, chunks: bool) -> Bucket:
-        """The smallest shape that holds `tokens`."""
-        return min(b for b in self.buckets if b.tokens >= tokens and b.chunks == chunks)
+    def bucket(self, tokens: int, chunks: bool, steps: int = 1, asks: bool = False) -> Bucket:
+        """The smallest shape that holds `tokens` and does what is asked."""
+        return min(
+            b
+            for b in self.buckets
+            if b.tokens >= tokens and b.chunks == chunks and b.steps >= steps
+            and b.asks in (None, asks)
+        )  # fmt: skip
+
+    def steps(self, most: int) -> int:
+        """How many steps a call should run in which rows may draw up to `most` tokens."""
+        if not self.fixed:
+            return max(1, min(most, self.decode_steps))
+        # Steps beyond the last token of all rows cost as much as others.
+        return self.decode_steps if 2 * most > self.decode_steps else 1
 
     def room_for_items(self, bucket: Bucket) -> tuple[int, int]:
         """The most work items (of single queries, of chunk tiles) that a step may need."""
@@ -111,7 +138,7 @@ class StepPlan(NamedTuple, Generic[A]):
         steps: int32 scalar, how many the call runs; more than 1 only without chunks.
         target: int32[T], the token whose log-probability is wanted after this one; -1: none.
         logprobs: bool scalar, whether log-probabilities of drawn tokens are wanted.
-        asks: bool scalar, whether a row wants more than the likeliest token.
+        asks: bool scalar, whether a row wants more than the likeliest token, or a score.
     """
 
     token: A
@@ -203,15 +230,18 @@ def cut_items(rows: Array, pages: Array, first: Array, end: Array, split: int) -
     )
 
 
-def pack(runs: list[Run], grid: Grid, steps: int = 1) -> tuple[Bucket, StepPlan[Array]]:
+def pack(
+    runs: list[Run], grid: Grid, steps: int = 1, asks: bool = False
+) -> tuple[Bucket, StepPlan[Array]]:
     """Lays runs out in the smallest bucket that holds them, in the order given."""
     counts = np.array([len(run.tokens) for run in runs])
     starts = np.array([run.start for run in runs])
     rows = np.array([run.row for run in runs])
     ends = np.cumsum(counts)
     total = int(ends[-1])
-    chunks = bool(counts.max() > 1) or any(run.targets for run in runs)
-    bucket = grid.bucket(total, chunks)
+    scored = any(run.targets for run in runs)
+    chunks, asks = bool(counts.max() > 1) or scored, asks or scored
+    bucket = grid.bucket(total, chunks, steps, asks)
     plan = StepPlan.empty(grid, bucket)
     plan.token[:total] = np.concatenate([run.tokens for run in runs])
     within = np.arange(total) - np.repeat(ends - counts, counts)
@@ -225,7 +255,7 @@ def pack(runs: list[Run], grid: Grid, steps: int = 1) -> tuple[Bucket, StepPlan[
     draws = np.array([run.draws for run in runs])
     drawn = np.flatnonzero(draws)
     plan.sample[: len(drawn)], plan.sample_row[: len(drawn)] = ends[drawn] - 1, rows[drawn]
-    plan.room[: len(drawn)], plan.steps[...] = draws[drawn], steps
+    plan.room[: len(drawn)], plan.steps[...], plan.asks[...] = draws[drawn], steps, asks
     _fill_entries(plan, runs, grid)
     reach = starts + counts + np.maximum(draws - 1, 0)
     _fill_items(plan, rows, starts, counts, ends, reach, grid)

@@ -108,8 +108,9 @@ def test_a_compilation_after_the_warm_up_is_an_error():
         {"decode_steps": 1, "split_pages": 2},
         {"row_buckets": (2, 8), "token_buckets": (16, 64)},
         {"num_pages": 24, "optimistic": True},
+        {"fixed": True, "decode_steps": 4},
     ],
-    ids=["chunks", "steps", "buckets", "preemption"],
+    ids=["chunks", "steps", "buckets", "preemption", "fixed"],
 )
 def test_an_answer_does_not_depend_on_anything_but_its_request(folder, llm, sizes):
     """Other company, order, chunks, calls, shapes, and being thrown out: the same tokens."""

@@ -49,9 +49,9 @@ class Device:
         live = plan.grow[0] < self.grid.max_rows
         for row, entry, page in plan.grow[:, live].T:
             self.table[row, entry] = page
-        drawn = np.full((self.grid.decode_steps, len(plan.sample)), -1)
+        drawn = np.full((planned.bucket.steps, len(plan.sample)), -1)
         going = plan.room > 0
-        for i in range(int(plan.steps)):
+        for i in range(planned.bucket.steps if self.grid.fixed else int(plan.steps)):
             if i and not going.any():
                 break
             self._write(plan, i, going)

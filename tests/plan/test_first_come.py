@@ -1,5 +1,7 @@
 """The first-come planner alone, with a stand-in for the device whose pages hold tokens."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,8 +16,8 @@ GRID = Grid(
 )  # fmt: skip
 
 
-def planner_and_device(num_pages=32, **options):
-    return FirstCome(GRID, PageLedger(num_pages), **options), Device(GRID, num_pages)
+def planner_and_device(num_pages=32, grid=GRID, **options):
+    return FirstCome(grid, PageLedger(num_pages), **options), Device(grid, num_pages)
 
 
 def test_a_shared_prefix_is_computed_once():
@@ -132,11 +134,17 @@ requests = st.lists(
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(requests, st.integers(6, 20), st.booleans(), st.integers(0, 2), st.sets(st.integers(0, 11)))
-def test_every_answer_is_its_own_whatever_the_memory(specs, num_pages, optimistic, ahead, gone):
+@given(
+    requests, st.integers(6, 20), st.booleans(), st.booleans(), st.integers(0, 2),
+    st.sets(st.integers(0, 11)),
+)  # fmt: skip
+def test_every_answer_is_its_own_whatever_the_memory(
+    specs, num_pages, fixed, optimistic, ahead, gone
+):
     """No page is lost, shared wrongly or written by two; nothing waits for ever; answers do not
     depend on memory, company, chunks, preemption, or how far the host plans ahead."""
-    planner, device = planner_and_device(num_pages, optimistic=optimistic)
+    grid = dataclasses.replace(GRID, fixed=fixed)
+    planner, device = planner_and_device(num_pages, grid, optimistic=optimistic)
     prompts = []
     for i, (document, part, question, max_tokens, stop, score) in enumerate(specs):
         prompts.append((*range(100 * document + 1, 100 * document + 1 + part), *question))

@@ -1,5 +1,7 @@
 """Packing runs into a step: literal cases, and that every key is read once by whom it should."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,14 +17,24 @@ GRID = Grid(
 
 
 def test_the_smallest_bucket_is_taken_and_the_budget_is_never_passed():
-    assert GRID.bucket(2, chunks=False) == Bucket(2, 2, False)
-    assert GRID.bucket(3, chunks=False) == Bucket(4, 4, False)
+    assert GRID.bucket(2, chunks=False) == Bucket(2, 2, False, steps=8)
+    assert GRID.bucket(3, chunks=False) == Bucket(4, 4, False, steps=8)
     assert GRID.bucket(3, chunks=True) == Bucket(8, 4, True)
     assert GRID.bucket(9, chunks=True) == Bucket(16, 4, True)
     with pytest.raises(ValueError, match="row_buckets"):
         Grid(max_rows=4, row_buckets=(4, 2), token_buckets=(8,))
     with pytest.raises(ValueError, match="token_buckets"):
         Grid(max_rows=4, row_buckets=(4,), token_buckets=(2,))
+
+
+def test_a_fixed_grid_has_a_shape_for_everything_that_depends_on_data():
+    grid = dataclasses.replace(GRID, fixed=True)
+    assert len(grid.buckets) == len(set(grid.buckets)) == 2 * 2 * 2 + 2 * 2
+    assert grid.bucket(2, False, steps=8, asks=True) == Bucket(2, 2, False, 8, True)
+    assert grid.bucket(2, False) == Bucket(2, 2, False, 1, False)
+    assert grid.bucket(5, True, asks=True) == Bucket(8, 4, True, 1, True)
+    assert [grid.steps(most) for most in (1, 4, 5, 100)] == [1, 1, 8, 8]
+    assert [GRID.steps(most) for most in (0, 1, 4, 100)] == [1, 1, 4, 8]
 
 
 def test_rows_are_cut_at_fixed_multiples():
@@ -63,7 +75,7 @@ def test_steps_that_follow_each_other():
         Run(row=1, start=2, tokens=[-1], stored=0, pages=[6], draws=2, targets=[]),
     ]
     bucket, plan = pack(runs, GRID, steps=4)
-    assert bucket == Bucket(2, 2, False) and plan.steps == 4
+    assert bucket == Bucket(2, 2, False, steps=8) and plan.steps == 4
     np.testing.assert_array_equal(plan.room, [4, 2])
     np.testing.assert_array_equal(plan.grow[:, :3], [[2, 2, 1], [1, 2, 0], [4, 7, 6]])
     # Positions 5 to 8 lie in three pages, of which an item spans two; positions 2 and 3 in one.
