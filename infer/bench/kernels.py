@@ -337,6 +337,7 @@ def seconds_a_call(call: Callable[[], Any], repeats: int = 5) -> float:
 
     def run(n: int) -> float:
         start = time.perf_counter()
+        result = None
         for _ in range(n):
             result = call()
         jax.block_until_ready(result)

@@ -46,13 +46,16 @@ def prepare_gpu(
     work: WorkList, pool: Pages, num_heads: int, max_partials: int | None = None
 ) -> WorkList:
     """See `api.prepare`."""
+    return dataclasses.replace(work, prepared=_plan(work, pool, num_heads, max_partials))
+
+
+def _plan(work: WorkList, pool: Pages, num_heads: int, max_partials: int | None = None) -> Plan:
     num_pages, _, per_page, size, dim = pool.k.shape
     group = num_heads // (work.pages.shape[1] * per_page)
-    plan = make_plan(
+    return make_plan(
         work, page_size=size, num_pages=num_pages, group=group, heads_per_page=per_page, dim=dim,
         max_partials=max_partials,
     )  # fmt: skip
-    return dataclasses.replace(work, prepared=plan)
 
 
 def page_attention_gpu(
@@ -71,9 +74,7 @@ def page_attention_gpu(
     from kvjax.pallas_kernels.page_attention.gpu_merge import merge_partials
     from kvjax.pallas_kernels.page_attention.gpu_task import Sizes
 
-    if work.prepared is None:
-        work = prepare_gpu(work, pool, q.shape[1])
-    plan = work.prepared
+    plan = work.prepared or _plan(work, pool, q.shape[1])
     (t, h, d), (_, r, c, size, _) = q.shape, pool.k.shape
     _check(plan, work, h // (c * work.pages.shape[1]), pool)
     k, v = (plane.reshape(-1, size, d) for plane in (pool.k, pool.v))
@@ -82,7 +83,8 @@ def page_attention_gpu(
     room = max(plan.max_partials, 1)
     part, part_lse = _new(room, h * d), _new(room, h)
     windowed = window is not None
-    scalars = [x.astype(jnp.int32)[None] for x in (layer, window if windowed else jnp.int32(0))]
+    layer = layer.astype(jnp.int32)[None]
+    reach = jnp.zeros(1, jnp.int32) if window is None else window.astype(jnp.int32)[None]
     for units in plan.classes:
         sizes = Sizes(
             shape=units.shape, heads=h, dim=d, page_size=size, layers_per_page=r,
@@ -90,7 +92,7 @@ def page_attention_gpu(
             windowed=windowed, blocks=_MULTIPROCESSORS,
         )  # fmt: skip
         attend_units(
-            sizes, *scalars, units.count[None], q, k, v, work.pages, units.units,
+            sizes, layer, reach, units.count[None], q, k, v, work.pages, units.units,
             work.query_position, units.slot, out, lse, part, part_lse,
         )  # fmt: skip
     merge_partials(

@@ -94,7 +94,7 @@ def _in_pages(
     offset = plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
     start = tile * sizes.shape.tile
     entry = unit[Field.FIRST_PAGE] + lax.div(start, i32(size))
-    inside = None
+    inside: Any = None
     for j in range(sizes.copies):
         column = jnp.minimum(entry + j, unit[Field.LAST_ENTRY])
         page = inputs.pages[unit.group, unit.heads, unit[Field.ROW], column]
@@ -124,7 +124,7 @@ def _clean(sizes: Sizes, inputs: Inputs, unit: Unit, rows: _Rows, tile: Array, v
     left = rows.stop - rows.first_slot - tile * sizes.shape.tile
 
     def zero(live: Array) -> None:
-        held = plgpu.load(values, layout=plgpu.Layout.WGMMA)
+        held = plgpu.load(values, layout=plgpu.Layout.WGMMA)  # pyright: ignore[reportCallIssue]
         values[...] = jnp.where(live, held, jnp.zeros((), held.dtype))
         plgpu.commit_smem()
 
@@ -156,7 +156,7 @@ def consume(sizes: Sizes, inputs: Inputs, ring: Ring, turns: Array, me: Array) -
             return product[...]
 
         plgpu.barrier_wait(ring.k_full.at[slot])
-        score = pl.run_scoped(multiply, plgpu.ACC((BLOCK, shape.tile), jnp.float32))
+        score = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((BLOCK, shape.tile), jnp.float32))
         plgpu.barrier_arrive(ring.k_empty.at[slot])
         if sizes.soft_cap is not None:
             score = sizes.soft_cap * jnp.tanh(score * (sizes.scale / sizes.soft_cap))
@@ -175,7 +175,7 @@ def consume(sizes: Sizes, inputs: Inputs, ring: Ring, turns: Array, me: Array) -
 
         plgpu.barrier_wait(ring.v_full.at[slot])
         pl.when(masked)(lambda: _clean(sizes, inputs, unit, rows, tile, ring.v.at[slot]))
-        acc = pl.run_state(accumulate)(plgpu.ACC.init(acc))
+        acc = pl.run_state(accumulate)(plgpu.WGMMAAccumulatorRef.init(acc))
         plgpu.barrier_arrive(ring.v_empty.at[slot])
         return acc, higher, total, n + 1
 

@@ -39,7 +39,11 @@ def _merge_heads(
             load_head_values(part_lse, s, column, heads=heads, dim=dim, size=size, width=width)
             for s in slots
         ]
-        values = [plgpu.load(part.at[s, columns], layout=layout) for s in slots]
+        # jax 0.10 wants the index beside the reference; it is not for these kernels.
+        values = [
+            plgpu.load(part.at[s, columns], layout=layout)  # pyright: ignore[reportCallIssue]
+            for s in slots
+        ]
         for number, exponent, value in zip(numbers, exponents, values, strict=True):
             exponent = exponent + jnp.where(number < many, 0.0, -jnp.inf)
             higher = jnp.maximum(top, exponent)

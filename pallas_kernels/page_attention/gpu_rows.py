@@ -93,7 +93,7 @@ def load_rows(
     result = plgpu.ShapeDtypeStruct((ROWS, dim), q.dtype, layout=_MATRIX)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(_SCALAR,) * 4), return_type=result)
-    def load(ctx: Any, q: Any, *scalars: Any) -> mgpu.FragmentedArray:
+    def load(ctx: Any, q: Any, *scalars: Any) -> Any:
         first, head, row, rows = (_scalar(s) for s in scalars)
         element = ir.MemRefType(q.type).element_type
         pair = ir.VectorType.get((2,), element)
@@ -126,7 +126,7 @@ def load_per_row(values: Any, first: Array, row: Array, rows: Array, *, group: i
     result = plgpu.ShapeDtypeStruct((ROWS,), jnp.int32, layout=_COLUMN)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(_SCALAR,) * 3), return_type=result)
-    def load(ctx: Any, values: Any, *scalars: Any) -> mgpu.FragmentedArray:
+    def load(ctx: Any, values: Any, *scalars: Any) -> Any:
         first, row, rows = (_scalar(s) for s in scalars)
         i32 = ir.IntegerType.get_signless(32)
         loaded = []
@@ -244,7 +244,8 @@ def load_head_values(
     )
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR), return_type=result)
-    def load(ctx: Any, lse: Any, slot: Any, column: Any) -> mgpu.FragmentedArray:
+    def load(ctx: Any, lse: Any, *scalars: Any) -> Any:
+        slot, column = scalars
         f32 = ir.F32Type.get()
         start = arith.muli(_scalar(slot), _int(heads))
         registers = np.empty(layout.registers_shape((size,)), dtype=object)
@@ -273,7 +274,8 @@ def store_head_values(
     layout = plgpu.Layout.WG_STRIDED(values.shape, vec_size=width)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, _SCALAR, _SCALAR))
-    def store(ctx: Any, lse: Any, values: Any, query: Any, column: Any) -> None:
+    def store(ctx: Any, lse: Any, *arguments: Any) -> None:
+        values, query, column = arguments
         f32 = ir.F32Type.get()
         start = arith.muli(_scalar(query), _int(heads))
         for i, own in enumerate(_own_heads(values.layout, _scalar(column), dim)):
