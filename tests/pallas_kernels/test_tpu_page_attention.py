@@ -121,8 +121,9 @@ def sweep(case, **options):
 
 @pytest.fixture
 def rolled(monkeypatch):
-    """Loops as they are: interpreted, an unrolled one takes long to compile and no less to run."""
+    """Loops as they are, since an unrolled one takes long to compile, and blocks of a few pages."""
     monkeypatch.setattr(tpu_kernel, "_UNROLL", 1)
+    monkeypatch.setattr(tpu_sizes, "_BLOCK_TOKENS", 16)
 
 
 def test_any_work_list(rolled):
@@ -164,7 +165,7 @@ def test_heads_and_queries_that_do_not_fit_at_once(monkeypatch, rolled):
 
 @pytest.mark.slow
 def test_pages_fetched_several_at_a_time():
-    sweep(Case(M=20, classes=((6, 1, 20),)))
+    sweep(Case(M=32, classes=((6, 1, 32),)))
 
 
 def test_a_row_does_not_depend_on_its_neighbours(rolled):
@@ -211,11 +212,20 @@ def test_uniform_scores_average_the_values(rolled):
 def test_no_copy_is_read_before_it_arrives(rolled):
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 
-    case = Case(T=3, M=3, rows=2, tracked=True, classes=((3, 1, 2), (2, 3, 3)))
+    case = Case(T=3, M=6, rows=2, tracked=True, classes=((4, 3, 6),))
+    q, pool, layer, work, _ = random_call(np.random.default_rng(3), case)
+    assert tpu_sizes.sizes_of(q, pool, work, 1).block_pages < 3  # every item has some blocks
+    index = jnp.asarray([[0, 0, 6, 0, 1], [1, 0, 3, 1, 2], [1, 3, 6, 1, 2], [0, 0, 5, 0, 3]])
+    items = dataclasses.replace(work.items[0], index=index, count=jnp.int32(4))
+    work = dataclasses.replace(
+        work, items=(items,), length=jnp.full_like(work.length, 46),
+        query_position=jnp.full((3,), 1000),
+    )  # fmt: skip
     # Copies land when they are awaited, so whoever reads too early finds NaN as well.
     params = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait")
-    call = random_call(np.random.default_rng(3), case)
-    check(case, call, attend(case, params)(*call))
+    got = attend(case, params)(q, pool, layer, work, None)
+    check(case, (q, pool, layer, work, None), got)
+    assert np.all(np.isfinite(got[1]))
     assert not interpreter.races.races_found
     pltpu.reset_tpu_interpret_mode_state()
 
