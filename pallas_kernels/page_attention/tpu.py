@@ -90,9 +90,9 @@ def _cores() -> int:
 
 def _numbers(layer: Array, pool: Pages, work: WorkList, window: Array | None) -> Array:
     every = jnp.int32(2**31 - 1)
-    window = every if window is None else jnp.where(window == 0, every, window)
+    seen = every if window is None else jnp.where(window == 0, every, window)
     inner = layer % pool.k.shape[1]
-    return jnp.stack([inner, window, *(items.count for items in work.items)]).astype(jnp.int32)
+    return jnp.stack([inner, seen, *(items.count for items in work.items)]).astype(jnp.int32)
 
 
 def _worth_reading(items: Items, pool: Pages, work: WorkList, window: Array | None) -> Array:
@@ -110,6 +110,7 @@ def _worth_reading(items: Items, pool: Pages, work: WorkList, window: Array | No
 def _call(
     sizes: Sizes, rule: Rule, q: Array, pool: Pages, work: WorkList, interpret: Any
 ) -> Callable[..., tuple[Array, Array]]:
+    table = (work.pages.shape[2], work.pages.shape[3])
     (p, d), dtype, tracked = pool.k.shape[3:], pool.k.dtype, pool.position is not None
     heads, rows = q.shape[1] // sizes.group, sizes.rows * sizes.row_blocks
     state = pl.BlockSpec((sizes.heads, sizes.rows, d), lambda i, j, *_: (i, j, 0))
@@ -121,7 +122,7 @@ def _call(
         plane = Plane(refs[8], refs[14]) if tracked else None
         if tracked:
             refs = (*refs[:8], *refs[9:14], *refs[15:])
-        attend_kernel(Refs(*refs, plane), sizes, rule, work.pages.shape[2:])
+        attend_kernel(Refs._make((*refs, plane)), sizes, rule, table)
 
     return pl.pallas_call(
         body,

@@ -101,7 +101,7 @@ class _Span(NamedTuple):
     Attributes:
         row: of the table, the head group's included.
         first: its first entry of the table's row.
-        count: entries, 0: nothing to do.
+        pages: entries, 0: nothing to do.
         last: whether it is its item's last block.
         begin: the first row of state that it serves, may be negative.
         end: the row after the last.
@@ -109,7 +109,7 @@ class _Span(NamedTuple):
 
     row: Array
     first: Array
-    count: Array
+    pages: Array
     last: Array
     begin: Array
     end: Array
@@ -168,7 +168,7 @@ class _Class:
             here, ahead, slot = carry
             ahead = self._fetch(ahead, jnp.where(slot == 0, slots - 1, slot - 1))
             span = self._span(here)
-            pl.when(span.count > 0)(lambda: self._compute(span, slot))
+            pl.when(span.pages > 0)(lambda: self._compute(span, slot))
             return self._next(here, span), ahead, jnp.where(slot == slots - 1, 0, slot + 1)
 
         jax.lax.while_loop(lambda carry: carry[0].item < self.count, step,
@@ -198,7 +198,7 @@ class _Class:
 
         def start() -> _Place:
             span = self._span(place)
-            self.refs.holes[slot] = self._sum(span.count, lambda i: self._copy(span, i, slot, True))
+            self.refs.holes[slot] = self._sum(span.pages, lambda i: self._copy(span, i, slot, True))
             return self._next(place, span)
 
         return jax.lax.cond(place.item < self.count, start, lambda: place)
@@ -238,11 +238,11 @@ class _Class:
         return self.refs.pages[span.row * self.table[1] + span.first + i]
 
     def _compute(self, span: _Span, slot: Array) -> None:
-        self._sum(span.count, lambda i: self._copy(span, i, slot, False))
+        self._sum(span.pages, lambda i: self._copy(span, i, slot, False))
         holes = self.refs.holes[slot]
         tokens = self.refs.key_position.shape[1]
         live = self.refs.length[span.row] - span.first * self.refs.k.shape[3]
-        live = jnp.minimum(live, span.count * self.refs.k.shape[3])
+        live = jnp.minimum(live, span.pages * self.refs.k.shape[3])
         self._locate(span, slot, live)
         pl.when(holes > 0)(lambda: self._cut_holes(span))
         if self.refs.plane is None:
@@ -272,7 +272,7 @@ class _Class:
             inside = (place >= i * size) & (place < jnp.where(hole, (i + 1) * size, 0))
             refs.key_position[...] = jnp.where(inside, _NEVER, refs.key_position[...])
 
-        jax.lax.fori_loop(0, span.count, cut, None)
+        jax.lax.fori_loop(0, span.pages, cut, None)
 
     def _clean(self, slot: Array) -> None:
         """Zeroes the values of dead slots: they may hold NaN, and 0 * NaN is NaN."""

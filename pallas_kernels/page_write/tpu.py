@@ -217,8 +217,9 @@ class _Step:
         rows = pl.ds(pl.multiple_of(tile * self.tile, self.tile), self.tile)
         sem = (refs.reads if read else refs.writes).at[slot]
         for pages, tiles in ((refs.k_pages, refs.k_tiles), (refs.v_pages, refs.v_tiles)):
-            ends = pages.at[page, refs.inner[0], :, rows], tiles.at[slot]
-            copy = pltpu.make_async_copy(*(ends if read else ends[::-1]), sem)
+            there, here = pages.at[page, refs.inner[0], :, rows], tiles.at[slot]
+            source, target = (there, here) if read else (here, there)
+            copy = pltpu.make_async_copy(source, target, sem)
             copy.start() if start else copy.wait()
 
     def _insert(self, i: Array, slot: Array) -> None:
