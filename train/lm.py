@@ -1,4 +1,4 @@
-"""`kvjax train lm`: trains a small decoder that answers questions about records in a document.
+"""`kvjax train lm`: trains a small decoder that answers questions about a document.
 
 What is learnt is the answers alone: the loss looks at the tokens that follow the opening of an
 answer. Documents grow in stages, since finding a value is learnt soonest where there are few.
@@ -36,7 +36,7 @@ from kvjax.train.losses import cross_entropy, output_kernel
 from kvjax.train.metrics import Work
 from kvjax.train.remat import layer_remat
 from kvjax.train.step import Loss, Sums, init_state, make_mesh, make_step
-from kvjax.train.tasks import Difficulty, Mixture
+from kvjax.train.tasks import Mixture
 from kvjax.train.tasks.encode import ChatEncoder, stretch
 
 __all__ = [
@@ -80,7 +80,7 @@ def encode_batch(
     first: int,
     size: int,
     length: int,
-    difficulty: Difficulty | Mixture,
+    difficulty: Mixture,
     window: int = 0,
     longest: int = 0,
 ) -> Batch:
@@ -266,7 +266,7 @@ def first_decoder(config: LMConfig) -> tuple[nnx.GraphDef[Any], nnx.State[Any, A
 def train(config: LMConfig, folder: Path) -> dict[str, Any]:
     """Trains or resumes, measures, writes `folder`/model; returns the run's figures."""
     config_fields(config.model)  # what cannot be exported is refused now, not after the training
-    tokenizer = train_tokenizer(config.eval_difficulty.corpus(), config.model.vocab_size)
+    tokenizer = train_tokenizer(Mixture.corpus(), config.model.vocab_size)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise InputError(
             f"model.vocab_size is {config.model.vocab_size}, less than the tokenizer's "
@@ -350,7 +350,7 @@ def _options(argv: Sequence[str]) -> Any:
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Options:
-        """Train a small language model that answers questions about records in a document.
+        """Train a small language model that answers questions about a document.
 
         Run the same command again after an interruption: it goes on from its last checkpoint.
         """

@@ -8,7 +8,7 @@ from kvjax.errors import InputError
 from kvjax.models.decoder import DecoderConfig
 from kvjax.train.remat import layer_remat
 from kvjax.train.step import StepOptions
-from kvjax.train.tasks import Difficulty, Mixture
+from kvjax.train.tasks import Mixture
 
 __all__ = ["LMConfig", "Machine", "Stage", "read_config"]
 
@@ -33,7 +33,7 @@ class Stage:
     share: float
     batch_size: int
     length: int
-    difficulty: Difficulty | Mixture
+    difficulty: Mixture
     first_window: int = 0
     longest: int = 0
 
@@ -87,7 +87,7 @@ class LMConfig:
     model: DecoderConfig
     stages: tuple[Stage, ...]
     steps: int
-    eval_difficulty: Difficulty | Mixture
+    eval_difficulty: Mixture
     learning_rate: float = 6e-3
     warmup_steps: int = 50
     adam_b2: float = 0.98

@@ -6,7 +6,7 @@ import pytest
 
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.train.chat import save_tokenizer, train_tokenizer
-from kvjax.train.tasks.records import ADJECTIVES, ATTRIBUTES, NOUNS, sentences
+from kvjax.train.tasks.words import ADJECTIVES, ATTRIBUTES, NOUNS, corpus
 
 CHAT = [
     {"role": "system", "content": "It rained."},
@@ -17,7 +17,7 @@ CHAT = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(sentences(), 512)
+    return train_tokenizer(corpus(), 640)
 
 
 @pytest.mark.parametrize(

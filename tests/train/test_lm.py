@@ -18,21 +18,20 @@ from kvjax.models.tokenizer import Tokenizer
 from kvjax.train import lm
 from kvjax.train.chat import train_tokenizer
 from kvjax.train.lm_config import LMConfig, Stage, read_config
-from kvjax.train.tasks import Difficulty, make_example
+from kvjax.train.tasks import Mixture, Setting
 from kvjax.train.tasks.encode import ChatEncoder
-from kvjax.train.tasks.records import sentences
 
 pytestmark = pytest.mark.slow
 
-SMALL = Difficulty(min_records=2, max_records=3, questions=2)
+SMALL = Mixture(tasks=("multi_key",), setting=Setting(tokens=144, questions=2))
 CONFIG = LMConfig(
     model=DecoderConfig(
-        vocab_size=512, num_layers=1, embed_dim=16, mlp_dim=16, num_heads=2, num_kv_heads=1,
-        head_dim=8, max_positions=128, qk_norm=True, tie_embeddings=True,
+        vocab_size=640, num_layers=1, embed_dim=16, mlp_dim=16, num_heads=2, num_kv_heads=1,
+        head_dim=8, max_positions=160, qk_norm=True, tie_embeddings=True,
     ),
     stages=(
-        Stage(share=0.5, batch_size=3, length=96, difficulty=SMALL),
-        Stage(share=0.5, batch_size=2, length=96, difficulty=SMALL),
+        Stage(share=0.5, batch_size=3, length=144, difficulty=SMALL),
+        Stage(share=0.5, batch_size=2, length=144, difficulty=SMALL),
     ),
     steps=4,
     eval_difficulty=SMALL,
@@ -45,7 +44,7 @@ CONFIG = LMConfig(
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(sentences(), CONFIG.model.vocab_size)
+    return train_tokenizer(Mixture.corpus(), CONFIG.model.vocab_size)
 
 
 @pytest.fixture
@@ -69,9 +68,9 @@ def split_decoder(seed=0):
 
 
 def test_training_text_is_the_template(tokenizer):
-    batch = lm.encode_batch(ChatEncoder(tokenizer), 4, 10, 2, 96, SMALL)
+    batch = lm.encode_batch(ChatEncoder(tokenizer), 4, 10, 2, 144, SMALL)
     for row in range(2):
-        messages = make_example(4, 10 + row, SMALL).messages()
+        messages = SMALL.make(4, 10 + row).messages()
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
         ids = batch.tokens[row]
         length = int((ids != tokenizer.backend.token_to_id("<|pad|>")).sum())
@@ -82,30 +81,28 @@ def test_training_text_is_the_template(tokenizer):
 
 
 def test_the_loss_looks_at_the_answers_alone(tokenizer):
-    batch = lm.encode_batch(ChatEncoder(tokenizer), 4, 10, 2, 96, SMALL)
+    batch = lm.encode_batch(ChatEncoder(tokenizer), 4, 10, 2, 144, SMALL)
     for row in range(2):
-        asked = make_example(4, 10 + row, SMALL).asked
+        asked = SMALL.make(4, 10 + row).answers
         places = batch.places[row][batch.weights[row] == 1]
         learnt = tokenizer.decode(batch.tokens[row][places + 1], skip_special=False)
-        assert learnt == "".join(f"{record.value}<|eos|>" for record in asked)
+        assert learnt == "".join(f"{answer}<|eos|>" for answer in asked)
 
 
 def test_loss_of_even_logits_is_log_of_the_vocabulary(tokenizer):
     graph, params = split_decoder()
     params = jax.tree.map(jnp.zeros_like, params)
-    batch = lm.encode_batch(ChatEncoder(tokenizer), 4, 10, 2, 96, SMALL)
+    batch = lm.encode_batch(ChatEncoder(tokenizer), 4, 10, 2, 144, SMALL)
     sums = jax.jit(lm.answer_loss(graph))(params, batch)
     assert sums.weight == batch.weights.sum() == 20  # two documents, two answers, five tokens
-    np.testing.assert_allclose(sums.loss / sums.weight, np.log(512), rtol=1e-6)  # float32 rounding
+    np.testing.assert_allclose(sums.loss / sums.weight, np.log(640), rtol=1e-6)  # float32 rounding
     assert sums.metrics["accuracy"] == 0  # no token is likelier than all others
 
 
 def test_weights_of_padding_change_nothing(tokenizer):
     graph, params = split_decoder()
-    batch = lm.encode_batch(ChatEncoder(tokenizer), 4, 10, 2, 96, SMALL)
-    longer = lm.encode_batch(
-        ChatEncoder(tokenizer), 4, 10, 2, 112, dataclasses.replace(SMALL, questions=2)
-    )
+    batch = lm.encode_batch(ChatEncoder(tokenizer), 4, 10, 2, 144, SMALL)
+    longer = lm.encode_batch(ChatEncoder(tokenizer), 4, 10, 2, 160, SMALL)
     more = longer._replace(
         places=np.pad(longer.places, ((0, 0), (0, 5))),
         weights=np.pad(longer.weights, ((0, 0), (0, 5))),
@@ -119,7 +116,7 @@ def test_weights_of_padding_change_nothing(tokenizer):
 def test_batches_follow_the_stages_and_repeat_nothing(tokenizer):
     batches = lm.make_batches(CONFIG, tokenizer)
     shapes = [batches(step).tokens.shape for step in range(CONFIG.steps)]
-    assert shapes == [(3, 96)] * 2 + [(2, 96)] * 2
+    assert shapes == [(3, 144)] * 2 + [(2, 144)] * 2
     rows = {row.tobytes() for step in range(CONFIG.steps) for row in batches(step).tokens}
     assert len(rows) == 10
     np.testing.assert_array_equal(batches(3).tokens, lm.make_batches(CONFIG, tokenizer)(3).tokens)
@@ -217,9 +214,8 @@ def test_unknown_config_names_the_known_ones():
         lm.main(["--config", "lm_tinny"])
 
 
-def test_the_built_in_configs_stages_hold_their_documents(tokenizer):
-    """The longest documents fit: as many records and questions as a stage may draw."""
+def test_the_built_in_configs_stages_hold_their_documents():
+    tokenizer = train_tokenizer(Mixture.corpus(), 1024)
     for stage in read_config("lm_tiny").stages:
-        most = stage.difficulty.max_records
-        difficulty = dataclasses.replace(stage.difficulty, min_records=most)
-        lm.encode_batch(ChatEncoder(tokenizer), 9, 0, 200, stage.length, difficulty)
+        batch = lm.encode_batch(ChatEncoder(tokenizer), 9, 0, 36, stage.length, stage.difficulty)
+        assert batch.tokens.max() < read_config("lm_tiny").model.vocab_size

@@ -1,5 +1,6 @@
 """The built-in model `tiny`: what its card says, and that its files fit together."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,10 +15,9 @@ from kvjax.models.attention import causal_attend
 from kvjax.models.hf import load
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.train.chat import train_tokenizer
-from kvjax.train.lm import exact_match_rate
 from kvjax.train.lm_config import read_config
-from kvjax.train.tasks import exact_match
-from kvjax.train.tasks.records import sentences
+from kvjax.train.tasks import Mixture
+from kvjax.train.tasks.evaluate import Options, evaluate
 
 FOLDER = Path(kvjax.models.__file__).parent / "tiny"
 DEMOS = Path(__file__).parents[2] / "demos"
@@ -60,28 +60,32 @@ def lines(name):
     return [json.loads(line) for line in (DEMOS / name).read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_it_answers_the_demo(model, tokenizer):
     requests, expected = lines("requests.jsonl"), lines("expected.jsonl")
     prompts = [tokenizer.encode_chat(request["body"]["messages"]) for request in requests]
-    answers = greedy(model, prompts)
     right = 0
-    for ids, row in zip(answers, expected, strict=True):
-        text = tokenizer.decode(ids, skip_special=False)
-        right += text.endswith("<|eos|>") and exact_match(text[: -len("<|eos|>")], row["answer"])
-    assert right >= 62  # of 64; 64 where it was trained, and rounding differs elsewhere
+    for first in range(0, 64, 16):  # 16 at a time: the whole squares of scores are in memory
+        for ids, row in zip(
+            greedy(model, prompts[first : first + 16]), expected[first : first + 16], strict=True
+        ):
+            right += tokenizer.decode(ids, skip_special=False) == row["answer"] + "<|eos|>"
+    assert right >= 62  # of 64; rounding differs between machines
 
 
-def test_it_answers_fresh_questions(model, tokenizer):
-    graph, params, _ = model
-    assert (
-        exact_match_rate(graph, params, tokenizer, read_config("lm_tiny")) >= 0.98
-    )  # 1.0 where it was trained
+@pytest.mark.slow
+def test_it_answers_fresh_questions_of_every_task():
+    """The card's figures are those of 1000 prompts each; these few must not contradict them."""
+    options = Options(model=FOLDER, lengths=(512,), prompts=16, seed=4_000_000)
+    shares = evaluate(options)["exact_match"]["512"]
+    assert min(share for task, share in shares.items() if task != "counting") >= 14 / 16
+    assert shares["counting"] >= 12 / 16
 
 
 def test_its_files_are_those_of_its_config(model, tokenizer):
     config = read_config("lm_tiny")
-    assert model[2] == config.model
-    made = train_tokenizer(sentences(), config.model.vocab_size)
+    assert dataclasses.replace(model[2], dtype=config.model.dtype) == config.model
+    made = train_tokenizer(Mixture.corpus(), config.model.vocab_size)
     assert made.backend.get_vocab() == tokenizer.backend.get_vocab()
     assert made.chat_template == tokenizer.chat_template
     eos = tokenizer.backend.token_to_id("<|eos|>")
@@ -91,4 +95,4 @@ def test_its_files_are_those_of_its_config(model, tokenizer):
 
 
 def test_it_is_small():
-    assert sum(path.stat().st_size for path in FOLDER.iterdir() if path.is_file()) < 4_000_000
+    assert sum(path.stat().st_size for path in FOLDER.iterdir() if path.is_file()) < 12_000_000

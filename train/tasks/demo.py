@@ -8,21 +8,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kvjax.train.tasks.example import Setting
 from kvjax.train.tasks.mixture import Mixture
-from kvjax.train.tasks.records import Difficulty
 
 __all__ = ["main", "make_requests"]
 
 # Another seed than those of training and of its evaluation: these documents are seen nowhere else.
 SEED = 2_000_000
 DOCUMENTS = 8
-DIFFICULTY = Difficulty(min_records=12, max_records=20, questions=8)
+MIXTURE = Mixture(tasks=("multi_key",), setting=Setting(tokens=440, fill=0.8))
 
 
 def make_requests(
     seed: int,
     documents: int,
-    difficulty: Difficulty | Mixture,
+    mixture: Mixture,
     *,
     model: str = "tiny",
     max_tokens: int = 8,
@@ -35,7 +35,7 @@ def make_requests(
     Returns:
         The requests, and {"custom_id", "answer"} of each, in the same order.
     """
-    chats = [difficulty.make(seed, index).messages() for index in range(documents)]
+    chats = [mixture.make(seed, index).messages() for index in range(documents)]
     requests, answers = [], []
     for question in range(min(len(chat) // 2 for chat in chats)):
         for document, (system, *turns) in enumerate(chats):
@@ -54,7 +54,7 @@ def _request(name: str, body: dict) -> dict:
 def main(argv: list[str] | None = None) -> int:
     """Writes the demo into the folder that the only argument names."""
     folder = Path((sys.argv[1:] if argv is None else argv)[0])
-    requests, answers = make_requests(SEED, DOCUMENTS, DIFFICULTY)
+    requests, answers = make_requests(SEED, DOCUMENTS, MIXTURE)
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("requests.jsonl", requests), ("expected.jsonl", answers)):
         text = "".join(json.dumps(row) + "\n" for row in rows)

@@ -1,4 +1,4 @@
-"""The recipe of the model for the long-context tasks: that its parts fit together."""
+"""The recipe of the built-in model: that its parts fit together."""
 
 import math
 
@@ -12,7 +12,7 @@ from kvjax.train.chat import train_tokenizer
 from kvjax.train.lm_config import read_config
 from kvjax.train.tasks import TASKS, Mixture
 
-CONFIG = read_config("lm_tasks")
+CONFIG = read_config("lm_tiny")
 
 
 def test_the_table_holds_the_tokenizer_and_little_else():
