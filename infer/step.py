@@ -24,8 +24,8 @@ from kvjax.plan import Bucket, Grid, StepPlan
 __all__ = ["Drawn", "EngineState", "Params", "give_seats", "step"]
 
 Array = jax.Array
-Params = tuple[nnx.State[Any, Any], LayerParams]
-"""A decoder's parameters, from `split_layers`."""
+Params = tuple[nnx.State[Any, Any], LayerParams | None]
+"""A decoder's parameters: from `split_layers`, or with all layers stacked and None."""
 
 # Tokens of a prompt that are scored at a time: their logits, [64, V], bound the memory.
 _SCORED_AT_ONCE = 64
@@ -127,7 +127,7 @@ def step(
 
 
 def _chunk_step(
-    decoder: Decoder, layers: LayerParams, grid: Grid, bucket: Bucket, state: EngineState,
+    decoder: Decoder, layers: LayerParams | None, grid: Grid, bucket: Bucket, state: EngineState,
     plan: StepPlan[Array],
 ) -> tuple[EngineState, Drawn]:  # fmt: skip
     tokens = _tokens(state, plan)
@@ -138,7 +138,7 @@ def _chunk_step(
 
 
 def _decode_steps(
-    decoder: Decoder, layers: LayerParams, grid: Grid, bucket: Bucket, state: EngineState,
+    decoder: Decoder, layers: LayerParams | None, grid: Grid, bucket: Bucket, state: EngineState,
     plan: StepPlan[Array],
 ) -> tuple[EngineState, Drawn]:  # fmt: skip
     max_rows, (t, b) = grid.max_rows, (plan.token.shape[0], plan.sample.shape[0])
@@ -185,8 +185,8 @@ def _tokens(state: EngineState, plan: StepPlan[Array]) -> Array:
 
 
 def _compute(
-    decoder: Decoder, layers: LayerParams, grid: Grid, state: EngineState, plan: StepPlan[Array],
-    tokens: Array, position: Array, row: Array,
+    decoder: Decoder, layers: LayerParams | None, grid: Grid, state: EngineState,
+    plan: StepPlan[Array], tokens: Array, position: Array, row: Array,
 ) -> tuple[EngineState, Array]:  # fmt: skip
     """Brings tokens into the rows' pages; also their hidden states [T, E]."""
     max_rows = grid.max_rows
