@@ -72,8 +72,9 @@ def keep_compilations() -> Path | None:
     Returns:
         The folder, or None if nothing is kept.
     """
-    if jax.config.jax_compilation_cache_dir:
-        return Path(jax.config.jax_compilation_cache_dir)
+    given = jax.config.values["jax_compilation_cache_dir"]
+    if given:
+        return Path(given)
     asked = os.environ.get("KVJAX_COMPILATION_CACHE", "")
     if asked.lower() == "off":
         return None

@@ -122,7 +122,9 @@ def _transformers(folder: Path) -> Generate:
         raise InputError(f"the peer needs PyTorch and transformers ({e}): install them") from e
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device)
+    # Any: its own stubs do not say what it returns.
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model.to(device)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
     model.eval()
 

@@ -303,7 +303,7 @@ class _Class:
         else:
             jax.lax.fori_loop(0, count, piece, None)
 
-    def _merge(self, span: _Span, slot: Array, heads: pl.Slice, start: Array) -> None:
+    def _merge(self, span: _Span, slot: Array, heads: slice | pl.Slice, start: Array) -> None:
         """As `merge`, of what the rows have and a block's keys, for some heads and rows.
 
         What there is one of a row stands in all lanes: to spread a single lane is slow.
@@ -332,7 +332,7 @@ class _Class:
         added = self._product(weight, v, 1) * _widen(part, refs.out.shape[2])
         refs.out[heads, rows] = before + added
 
-    def _seen(self, span: _Span, start: Array, rows: pl.Slice) -> Array:
+    def _seen(self, span: _Span, start: Array, rows: slice | pl.Slice) -> Array:
         """Which key each row sees, bool[rows, tokens]."""
         row = start + jax.lax.broadcasted_iota(jnp.int32, (self.cls.piece_rows, LANES), 0)
         query, key = self.refs.q_position[rows], self.refs.key_position[...]

@@ -29,7 +29,7 @@ from kvjax.train.tasks.mixture import TASKS, Mixture
 __all__ = ["Options", "evaluate", "main"]
 
 Array = jax.Array
-Right = Callable[[Array, Array, Array, Array], Array]
+Right = Callable[..., Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -141,7 +141,7 @@ def _spoken_of(rng: np.random.Generator, count: int, pairs: Sequence[str]) -> li
     """Any pairs, half of them from `pairs` where there are some."""
     any_ones = rng.integers(0, len(NOUNS), (count, 2)).tolist()
     drawn = [f"{ADJECTIVES[a]} {NOUNS[n]}" for a, n in any_ones]
-    own = rng.integers(0, 2 * max(1, len(pairs)), count).tolist()
+    own: list[int] = rng.integers(0, 2 * max(1, len(pairs)), count).tolist()
     return [pairs[i] if i < len(pairs) else other for i, other in zip(own, drawn, strict=True)]
 
 
