@@ -189,8 +189,8 @@ class LLM:
             system: what the model is told first; None: nothing.
             messages: what was said before.
 
-        >>> with LLM.load("tiny").chat("The code of the red heron is 2350.") as chat:
-        ...     chat.send("What is the code of the red heron?").text
+        >>> with LLM.load("tiny").chat("The code of the loud bear is 2350.") as chat:
+        ...     chat.send("What is the code of the loud bear?").text
         '2350'
         """
         told = [] if system is None else [{"role": "system", "content": system}]

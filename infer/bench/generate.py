@@ -168,11 +168,13 @@ def _profile(engine: Engine, work: Workload, folder: Path) -> dict[str, float]:
     """Profiles decoding steps in the middle of a workload of equal requests."""
     for i, (prompt, n) in enumerate(zip(work.prompts, work.outputs, strict=True)):
         engine.planner.add(Request(id=i, prompt=tuple(prompt), max_tokens=n))
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # it would slow the host, for which the device waits
     rows, drawn, begin, end = len(work.prompts), 0, 0, 0
     for outputs in engine.run():
         drawn += sum(len(output.tokens) for output in outputs)
         if not begin and drawn >= 16 * rows:
-            jax.profiler.start_trace(str(folder))
+            jax.profiler.start_trace(str(folder), profiler_options=options)
             begin = drawn
         elif begin and not end and drawn >= 48 * rows:
             jax.profiler.stop_trace()

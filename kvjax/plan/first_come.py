@@ -149,7 +149,7 @@ class FirstCome:
         self._known: dict[int, _Row] = {}  # all unfinished ones, by the ids of their requests
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []  # seated, oldest first
-        self._ending: list[_Row] = []  # all planned; their pages are held until their tokens come
+        self._ending: set[_Row] = set()  # all planned; their pages are held until their tokens come
         self._free_seats = list(range(grid.max_rows - 1, -1, -1))
 
     @property
@@ -188,8 +188,9 @@ class FirstCome:
         """The next call, or None if nothing can be planned before another is accepted."""
         budget = self.grid.token_buckets[-1]
         decoding = [row for row in self._rows if row.outstanding == 1]
-        singles = [row for row in decoding if self._reserve(row, 1)]
-        budget -= len(singles)
+        if self.optimistic:  # otherwise their pages are promised
+            decoding = [row for row in decoding if self._reserve(row, 1)]
+        budget -= len(decoding)
         seats: list[Seat] = []
         runs: list[tuple[_Row, Run]] = []
         for row in [row for row in self._rows if row.outstanding > 1]:
@@ -203,7 +204,7 @@ class FirstCome:
             assert run is not None, "an admitted request has the pages of its tokens"
             runs.append((row, run))
             budget -= len(run.tokens)
-        singles = [row for row in singles if row.seat >= 0]  # some may have been thrown out since
+        singles = [row for row in decoding if row.seat >= 0]  # some may have been thrown out since
         steps = 1 if runs else self._steps(singles)
         runs = [(row, self._single(row, steps)) for row in singles] + runs
         return self._pack(seats, runs, steps) if runs else None
@@ -363,7 +364,7 @@ class FirstCome:
             place += len(run.tokens)
             if row.draws_left == 0 and row.length >= len(row.request.prompt):
                 self._leave(row)
-                self._ending.append(row)
+                self._ending.add(row)
         return Planned(tuple(seats), bucket, step, tuple(entries))
 
     def _throw_out_after(self, row: _Row) -> bool:
