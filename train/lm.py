@@ -384,8 +384,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # By its own name, not as __main__: the processes that make batches import it again.
+    from kvjax.train import lm
+
     try:
-        sys.exit(main())
+        sys.exit(lm.main())
     except InputError as _error:
         print(f"kvjax: error: {_error}", file=sys.stderr)
         sys.exit(2)
