@@ -34,9 +34,9 @@ def make_decoder(config: DecoderConfig) -> Any:
     Its forward takes inputs and targets int64[B, T] and returns the mean cross-entropy. Only what
     the benchmark's model has is here: no biases, windows or norms of queries and keys.
     """
-    import torch
-    import torch.nn.functional as F
-    from torch import nn
+    import torch  # pyright: ignore[reportMissingImports]
+    import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
+    from torch import nn  # pyright: ignore[reportMissingImports]
 
     c, heads = config, config.num_heads
     angles = np.arange(c.max_positions)[:, None] * c.rope.inverse_frequencies(c.head_dim)[None]
@@ -101,7 +101,7 @@ def make_decoder(config: DecoderConfig) -> Any:
 
 def measure(options: BenchOptions) -> dict[str, Any]:
     """Times PyTorch's step on the CUDA device, or on the CPU where there is none."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)

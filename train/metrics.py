@@ -172,7 +172,7 @@ def open_tensorboard(folder: Path, first: int) -> Any:
         InputError: tensorboardX is not installed.
     """
     try:
-        import tensorboardX
+        import tensorboardX  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise InputError(
             "TensorBoard's files need tensorboardX: install 'kvjax[tensorboard]', or train without"

@@ -116,8 +116,8 @@ def _ours(args: BenchGenerate, folder: Path) -> tuple[Generate, LLM]:
 
 def _transformers(folder: Path) -> Generate:
     try:
-        import torch
-        import transformers
+        import torch  # pyright: ignore[reportMissingImports]
+        import transformers  # pyright: ignore[reportMissingImports]
     except ImportError as e:
         raise InputError(f"the peer needs PyTorch and transformers ({e}): install them") from e
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             peer = _measure(args, config.vocab_size, _transformers(folder), args.peer)
             gc.collect()
             if jax.default_backend() == "gpu":
-                import torch
+                import torch  # pyright: ignore[reportMissingImports]
 
                 torch.cuda.empty_cache()
         generate, llm = _ours(args, folder)
