@@ -57,7 +57,6 @@ class NoCompilation(CompilationCount):
 
     def _listen(self, event: str, duration_secs: float, **details: object) -> None:
         if event == _EVENT and threading.get_ident() == self._thread:
-            self.count += 1
             raise UnexpectedCompilation(
                 f"a program was compiled after the warm-up ({duration_secs:.1f} s): {details}"
             )

@@ -31,7 +31,8 @@ class Checkpoints:
     """The checkpoints of one run, from `open_checkpoints`."""
 
     def __init__(self, folder: Path, manager: ocp.CheckpointManager) -> None:
-        self.folder, self._manager = folder, manager
+        self.folder: Path = folder
+        self._manager = manager
 
     def save(self, step: int, state: Any, data: grain.DatasetIterator, pending: Any) -> None:
         """Begins a checkpoint of step `step`; when this returns, the state may be donated.
