@@ -12,6 +12,7 @@ from flax import nnx
 from tokenizers import decoders, models, pre_tokenizers
 
 from kvjax.infer import LLM
+from kvjax.infer.engine import Engine
 from kvjax.models import Decoder, DecoderConfig, causal_attend, hf
 
 CONFIG = DecoderConfig(
@@ -83,4 +84,14 @@ def lean_llm(folder: Path, **options):
     # Nothing is compiled yet, so that the shapes may still change.
     grid = dataclasses.replace(llm.engine.grid, row_buckets=(2,))
     llm.engine.grid = llm.engine.planner.grid = grid
+    return llm
+
+
+def with_grid(llm, num_pages=None, optimistic=False, **sizes):
+    """The random model behind an engine with other shapes; fewer of them compile faster."""
+    engine = llm.engine
+    grid = dataclasses.replace(engine.grid, **sizes)
+    num_pages = num_pages or engine.cache.num_pages
+    llm.engine = Engine(*random_decoder(), engine.model, grid, num_pages, optimistic=optimistic)
+    llm.engine.warm_up()
     return llm

@@ -1,6 +1,5 @@
 """The whole way: a folder of weights, prompts in, answers out, against a dense recompute."""
 
-import dataclasses
 import shutil
 
 import jax
@@ -12,7 +11,6 @@ import pytest
 from kvjax.errors import InputError
 from kvjax.infer import LLM, SamplingParams
 from kvjax.infer.compilations import CompilationCount
-from kvjax.infer.engine import Engine
 
 GREEDY = SamplingParams(max_tokens=20, ignore_eos=True)
 
@@ -24,22 +22,10 @@ def folder(tmp_path_factory):
     return path
 
 
-def with_grid(llm, num_pages=None, optimistic=False, **sizes):
-    """The same model behind an engine with other shapes; fewer of them compile faster."""
-    engine = llm.engine
-    grid = dataclasses.replace(engine.grid, **sizes)
-    num_pages = num_pages or engine.cache.num_pages
-    llm.engine = Engine(
-        *models_for_tests.random_decoder(), engine.model, grid, num_pages, optimistic=optimistic
-    )
-    llm.engine.warm_up()
-    return llm
-
-
 @pytest.fixture(scope="module")
 def llm(folder):
     llm = LLM.load(folder, max_rows=8, page_size=4)
-    return with_grid(llm, row_buckets=(8,), token_buckets=(96,))
+    return models_for_tests.with_grid(llm, row_buckets=(8,), token_buckets=(96,))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +69,7 @@ def test_greedy_answers_equal_a_dense_recompute(llm, logits):
 def test_chunked_prefill_equals_whole_prefill(folder, logits, budget):
     """Prompts in chunks of at most 1, 7 and 64 tokens, windows straddling them."""
     llm = LLM.load(folder, max_rows=1, page_size=4)
-    llm = with_grid(llm, token_buckets=(budget,), tile_queries=5, split_pages=2)
+    llm = models_for_tests.with_grid(llm, token_buckets=(budget,), tile_queries=5, split_pages=2)
     prompt = prompts(7)[6]
     (answer,) = llm.generate(prompt, GREEDY)
     assert_greedy(logits, prompt, answer.token_ids)

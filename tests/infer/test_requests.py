@@ -11,7 +11,6 @@ import pytest
 from kvjax.errors import InputError
 from kvjax.infer import LLM, SamplingParams
 from kvjax.infer.compilations import CompilationCount, NoCompilation, UnexpectedCompilation
-from kvjax.infer.engine import Engine
 
 GREEDY = SamplingParams(max_tokens=20, ignore_eos=True)
 
@@ -23,18 +22,11 @@ def folder(tmp_path_factory):
     return path
 
 
-def load(folder, num_pages=None, optimistic=False, **sizes):
-    """The model behind an engine of few shapes, which compile faster."""
+def load(folder, **sizes):
+    """The model behind an engine of few shapes."""
     llm = LLM.load(folder, max_rows=8, page_size=4)
     sizes = {"row_buckets": (8,), "token_buckets": (96,), **sizes}
-    grid = dataclasses.replace(llm.engine.grid, **sizes)
-    num_pages = num_pages or llm.engine.cache.num_pages
-    llm.engine = Engine(
-        *models_for_tests.random_decoder(), llm.engine.model, grid, num_pages,
-        optimistic=optimistic,
-    )  # fmt: skip
-    llm.engine.warm_up()
-    return llm
+    return models_for_tests.with_grid(llm, **sizes)
 
 
 @pytest.fixture(scope="module")
