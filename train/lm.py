@@ -4,21 +4,18 @@ What is learnt is the answers alone: the loss looks at the tokens that follow th
 answer. Documents grow in stages, since finding a value is learnt soonest where there are few.
 """
 
-import dataclasses
 import functools
 import json
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
-import tyro
 from flax import nnx
 
 from kvjax.errors import InputError
@@ -34,6 +31,7 @@ from kvjax.train.lm_config import LMConfig, read_config
 from kvjax.train.loop import run
 from kvjax.train.losses import cross_entropy, output_kernel
 from kvjax.train.metrics import Work
+from kvjax.train.program import run_main, settle, train_options
 from kvjax.train.remat import layer_remat
 from kvjax.train.step import Loss, Sums, init_state, make_mesh, make_step
 from kvjax.train.tasks import Mixture
@@ -53,6 +51,9 @@ __all__ = [
 
 Array = jax.Array
 _EVAL_ROWS = 16
+_ABOUT = """Train a small language model that answers questions about a document.
+
+Run the same command again after an interruption: it goes on from its last checkpoint."""
 
 
 class Batch(NamedTuple):
@@ -274,7 +275,7 @@ def train(config: LMConfig, folder: Path) -> dict[str, Any]:
         )
     machine = config.machine
     mesh = make_mesh(machine.data, machine.fsdp, machine.model)
-    _settle(folder, config)
+    settle(folder, config)
     graph, params = first_decoder(config)
     optimizer = make_optimizer(config)
     start = time.perf_counter()
@@ -308,70 +309,9 @@ def _work(config: LMConfig, batch: Batch) -> Work:
     return Work(batch.tokens.size, flops)
 
 
-def _settle(folder: Path, config: LMConfig) -> None:
-    """Notes the config in the run's folder, or holds it against the one that is there."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file: give --out a folder for the run")
-    path, fields = folder / "run.json", json.loads(json.dumps(dataclasses.asdict(config)))
-    del fields["machine"]  # the same run may go on elsewhere
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        return
-    there = json.loads(path.read_text(encoding="utf-8"))
-    if names := _differences(there, fields):
-        raise InputError(
-            f"{path} has other settings ({', '.join(names)}): "
-            "repeat them to resume that run, or give another --out"
-        )
-
-
-def _differences(a: Any, b: Any) -> list[str]:
-    """Dotted names of the fields in which two nested settings differ."""
-    flat_a, flat_b = (
-        {jax.tree_util.keystr(k, simple=True, separator="."): v for k, v in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (a, b))
-    )
-    names = sorted(flat_a.keys() | flat_b.keys())
-    return [name for name in names if flat_a.get(name) != flat_b.get(name)]
-
-
-def _config_name(argv: Sequence[str]) -> str:
-    """What --config says; it is read first, since it gives the other options their defaults."""
-    words = [part for word in argv for part in word.split("=", 1)]
-    at = words.index("--config") + 1 if "--config" in words else len(words)
-    return words[at] if at < len(words) else "lm_tiny"
-
-
-def _options(argv: Sequence[str]) -> Any:
-    """The command line; the named config's values are the defaults of its fields."""
-    name = _config_name(argv)
-    default = read_config(name)
-
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Options:
-        """Train a small language model that answers questions about a document.
-
-        Run the same command again after an interruption: it goes on from its last checkpoint.
-        """
-
-        config: str = name
-        """A config of kvjax.configs by name; the other options change single fields of it."""
-        out: Path = Path("runs") / name
-        """Folder of the run: checkpoints, metrics.jsonl, and in the end model/."""
-        json: bool = False
-        """End with one JSON object on stdout."""
-        fields: Annotated[LMConfig, tyro.conf.arg(name="")] = default
-
-    try:
-        return tyro.cli(Options, prog="kvjax train lm", args=argv)
-    except ValueError as error:  # from the checks of the dataclasses
-        raise InputError(str(error)) from None
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    options = _options(sys.argv[1:] if argv is None else argv)
+    options = train_options(argv, "lm", "lm_tiny", read_config, _ABOUT)
     result = train(options.fields, options.out)
     if options.json:
         print(json.dumps(result))
@@ -387,11 +327,4 @@ if __name__ == "__main__":
     # By its own name, not as __main__: the processes that make batches import it again.
     from kvjax.train import lm
 
-    try:
-        sys.exit(lm.main())
-    except InputError as _error:
-        print(f"kvjax: error: {_error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("kvjax: interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+    run_main(lm.main)

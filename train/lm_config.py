@@ -1,11 +1,10 @@
 """What a run of `kvjax train lm` is made of, and where named ones are found."""
 
 import dataclasses
-import importlib
-import pkgutil
 
 from kvjax.errors import InputError
 from kvjax.models.decoder import DecoderConfig
+from kvjax.train.program import named_config
 from kvjax.train.remat import layer_remat
 from kvjax.train.step import StepOptions
 from kvjax.train.tasks import Mixture
@@ -124,9 +123,4 @@ def read_config(name: str) -> LMConfig:
     Raises:
         InputError: there is none for this program; the message lists those there are.
     """
-    # By name, since configs import this module and not the other way round.
-    package = importlib.import_module("kvjax.configs")
-    known = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name[:3] == "lm_")
-    if name not in known:
-        raise InputError(f"no config {name!r} for train lm: use one of {', '.join(known)}")
-    return importlib.import_module(f"kvjax.configs.{name}").config
+    return named_config(name, "lm", "lm_")
