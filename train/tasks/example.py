@@ -44,7 +44,7 @@ class Example:
 
     Attributes:
         task: its name, a key of `TASKS`.
-        document: readable text.
+        document: readable text; empty where the question says all.
         questions, answers: as many of each.
     """
 
@@ -55,7 +55,7 @@ class Example:
 
     def messages(self) -> list[dict[str, str]]:
         """The whole chat: the document as the system message, then each question and answer."""
-        chat = [{"role": "system", "content": self.document}]
+        chat = [{"role": "system", "content": self.document}] if self.document else []
         for question, answer in zip(self.questions, self.answers, strict=True):
             chat.append({"role": "user", "content": question})
             chat.append({"role": "assistant", "content": answer})

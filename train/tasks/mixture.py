@@ -8,6 +8,7 @@ import numpy as np
 from kvjax.errors import InputError
 from kvjax.train.tasks.chains import tracking
 from kvjax.train.tasks.copying import completion
+from kvjax.train.tasks.countdown import countdown
 from kvjax.train.tasks.counting import counting
 from kvjax.train.tasks.example import Example, Setting
 from kvjax.train.tasks.induction import few_shot
@@ -30,6 +31,8 @@ TASKS: Mapping[str, Task] = {
     "few_shot": few_shot,
     "mixed": mixed,
 }
+# Those whose answers are not the only ones: no part of the suite, and drawn where they are named.
+_GAMES: Mapping[str, Task] = {"countdown": countdown}
 # Those whose answer no single place of the document holds; the others localise.
 AGGREGATION = frozenset({"counting", "few_shot"})
 
@@ -39,7 +42,8 @@ class Mixture:
     """Which tasks a stage draws, and how long and hard they are.
 
     Attributes:
-        tasks: names of `TASKS`, in turn; one that stands twice comes twice as often.
+        tasks: names of `TASKS`, or "countdown", in turn; one that stands twice comes twice as
+            often.
         setting: of every example.
     """
 
@@ -47,9 +51,11 @@ class Mixture:
     setting: Setting = dataclasses.field(default_factory=Setting)
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.tasks if name not in TASKS]
+        known = TASKS.keys() | _GAMES.keys()
+        unknown = [name for name in self.tasks if name not in known]
         if unknown or not self.tasks:
-            raise InputError(f"no tasks {unknown or 'at all'}: name some of {', '.join(TASKS)}")
+            names = ", ".join((*TASKS, *_GAMES))
+            raise InputError(f"no tasks {unknown or 'at all'}: name some of {names}")
 
     @property
     def answer_tokens(self) -> int:
@@ -73,4 +79,5 @@ class Mixture:
 
 def make_task(name: str, seed: int, index: int, setting: Setting) -> Example:
     """The example number `index` of a task and a seed: the same arguments give the same example."""
-    return TASKS[name](np.random.default_rng(np.random.SeedSequence((seed, index))), setting)
+    task = TASKS.get(name) or _GAMES[name]
+    return task(np.random.default_rng(np.random.SeedSequence((seed, index))), setting)
