@@ -78,7 +78,7 @@ def train_options(
         """Folder of the run: checkpoints, metrics.jsonl, and in the end model/."""
         json: bool = False
         """End with one JSON object on stdout."""
-        fields: Annotated[type(values), tyro.conf.arg(name="")] = values
+        fields: Annotated[type(values), tyro.conf.arg(name="")] = values  # pyright: ignore
 
     Options.__doc__ = about
     try:
