@@ -48,7 +48,16 @@ class PrefixTree:
     def of(prompts: Sequence[Tokens], page_size: int = 1) -> "PrefixTree":
         """The trie of prompts' tokens, none below 0; only whole pages are shared."""
         order, common = _sort(prompts)
-        common = common // page_size * page_size
+        return PrefixTree.of_neighbours(order, common // page_size * page_size)
+
+    @staticmethod
+    def of_neighbours(order: Array, common: Array) -> "PrefixTree":
+        """The trie of sorted sequences, from what each shares with the one before.
+
+        Args:
+            order: int[B].
+            common: int[B + 1], 0 at both ends.
+        """
         parent, depth, first, end, nearest = _build(common.tolist())
         # Of the nodes that a prompt shares with the one before and the one after, the deeper.
         before, after = nearest[:-1], nearest[1:]
@@ -144,7 +153,8 @@ def _common(a: bytes, b: bytes) -> int:
 
 def _build(common: list[int]) -> tuple[Array, Array, Array, Array, Array]:
     """Nodes from what neighbours have in common: parent, depth, first, end; and for each border
-    between two prompts the node of what they share."""
+    between two prompts the node of what they share.
+    """
     parent, depth, first, end, nearest = [-1], [0], [0], [0], [0]
     path = [0]
     for i, shared in enumerate(common[1:], 1):

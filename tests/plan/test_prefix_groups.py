@@ -1,4 +1,4 @@
-"""What a batch shares: the plan of one level is the best there is, and every plan holds together."""
+"""What a batch shares: the plan of one level is the best there is; every plan holds together."""
 
 import time
 import tracemalloc
@@ -104,9 +104,9 @@ def test_three_ways_to_share():
     stem = [0] * 32
     longer = stem + [1] * 10
     prompts = [
-        *(longer + [10 + i] for i in range(3)),
+        *([*longer, 10 + i] for i in range(3)),
         *(longer + [2] * 6 + [20 + i] for i in range(3)),
-        stem + [5],
+        [*stem, 5],
     ]
     saved = {method: plan_prefixes(prompts, 1, method).saved for method in METHODS}
     assert saved == {"naive": 192, "lifting": 192, "exact": 210, "multi": 254}
