@@ -29,7 +29,7 @@ def choose_grid(
         pages_per_row=math.ceil(length / page_size),
         row_buckets=tuple(sorted({n for n in (1, 8) if n < max_rows} | {max_rows})),
         token_buckets=tuple(sorted({min(budget, max(64, max_rows)), budget})),
-        split_pages=max(1, (256 if cpu else 1024) // page_size),
+        split_pages=max(1, (128 if cpu else 1024) // page_size),
         decode_steps=decode_steps,
         fixed=jax.default_backend() == "gpu",
     )
