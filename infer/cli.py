@@ -14,6 +14,7 @@ _COMMANDS = {
     "generate": ("kvjax.infer.commands.generate", "continue a prompt, or answer a question"),
     "batch": ("kvjax.infer.commands.batch", "answer a file of requests"),
     "train lm": ("kvjax.train.lm", "train a small language model"),
+    "train prm": ("kvjax.train.prm", "teach a policy to judge its own beginnings"),
     "bench generate": ("kvjax.infer.bench.generate", "our tokens a second beside a peer's"),
     "bench kernels": ("kvjax.infer.bench.kernels", "the kernels beside their peers and the floor"),
     "bench train": ("kvjax.train.bench", "the training step beside a peer's"),
