@@ -8,6 +8,7 @@ seed and its number.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,7 @@ def load_digit_images(split: str = "train") -> DigitImages:
         raise InputError(
             "moving digits are made of scikit-learn's: install 'kvjax[video]'"
         ) from None
-    digits = sklearn.datasets.load_digits()
+    digits: Any = sklearn.datasets.load_digits()
     part = slice(0, _TRAINING) if split == "train" else slice(_TRAINING, None)
     images = np.asarray(digits.images[part] / 16, np.float32)
     return DigitImages(images, np.asarray(digits.target[part], np.int32))

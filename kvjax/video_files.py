@@ -7,7 +7,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import imageio.v3 as iio
 import numpy as np
@@ -121,7 +121,7 @@ def _write(path: Path, rgb: np.ndarray, fps: float) -> None:
         file.write(np.pad(rgb, ((0, 0), *even, (0, 0)), mode="edge"), codec=codec, fps=fps)
 
 
-def _open(path: Path, mode: str) -> Any:
+def _open(path: Path, mode: Literal["r", "w"]) -> Any:
     if path.suffix.lower() == ".gif":
         return iio.imopen(path, mode, plugin="pillow")
     try:

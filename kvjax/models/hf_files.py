@@ -16,7 +16,10 @@ from safetensors import SafetensorError, safe_open
 
 from kvjax.errors import InputError
 
-__all__ = ["INDEX", "SINGLE", "Tensor", "bad_tensor", "check_folder", "read_json", "read_tensors"]
+__all__ = [
+    "INDEX", "SINGLE", "Tensor", "bad_tensor", "check_folder", "file_tensors", "read_json",
+    "read_tensors",
+]  # fmt: skip
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _BITS = {
@@ -81,7 +84,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             or an index that disagrees with its files. The line names a file and a tensor.
     """
     if (folder / SINGLE).exists():
-        return _header(folder / SINGLE, "model.embed_tokens.weight")
+        return file_tensors(folder / SINGLE, "model.embed_tokens.weight")
     if not (folder / INDEX).exists():
         raise InputError(
             f"{folder}: neither {SINGLE} nor {INDEX}; weights in other formats must be "
@@ -105,7 +108,7 @@ def _read_sharded(folder: Path) -> dict[str, Tensor]:
         files.setdefault(file, name)
     tensors: dict[str, Tensor] = {}
     for file, name in files.items():
-        tensors |= _header(folder / file, name)
+        tensors |= file_tensors(folder / file, name)
     for name, file in places.items():
         if name not in tensors or tensors[name].file.name != file:
             raise bad_tensor(folder / file, name, f"is missing, though {INDEX} places it there")
@@ -119,8 +122,8 @@ def bad_tensor(
     return InputError(f"{file}: tensor {name!r} {' '.join(problem.split())}; {remedy}")
 
 
-def _header(file: Path, wanted: str) -> dict[str, Tensor]:
-    """The tensors of one file; `wanted` is the tensor to name where none can be seen."""
+def file_tensors(file: Path, wanted: str) -> dict[str, Tensor]:
+    """The tensors of one file by name; `wanted` is the one to name where none can be seen."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
