@@ -26,7 +26,7 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 """Logical axis -> the mesh axes that split it, as far as the mesh has them."""
 
-_PARAM_AXES = {
+_PARAM_AXES: dict[tuple[str, ...], tuple[str | None, ...]] = {
     ("embed",): ("vocab", "embed"),
     ("norm",): ("embed",),
     ("head", "kernel"): ("embed", "vocab"),
@@ -48,6 +48,17 @@ _PARAM_AXES = {
     ("blocks", "up", "bias"): ("layer", "mlp"),
     ("blocks", "down", "kernel"): ("layer", "mlp", "embed"),
     ("blocks", "down", "bias"): ("layer", "embed"),
+    # Of the blocks of a video model, one level deeper.
+    ("qkv", "kernel"): ("layer", "embed", None, "head", "head_dim"),
+    ("qkv", "bias"): ("layer", None, "head", "head_dim"),
+    ("text", "q", "kernel"): ("layer", "embed", "head", "head_dim"),
+    ("text", "kv", "kernel"): ("layer", "embed", None, "head", "head_dim"),
+    ("spatial", "out", "kernel"): ("layer", "head", "head_dim", "embed"),
+    ("prefix", "out", "kernel"): ("layer", "head", "head_dim", "embed"),
+    ("temporal", "out", "kernel"): ("layer", "head", "head_dim", "embed"),
+    ("text", "out", "kernel"): ("layer", "head", "head_dim", "embed"),
+    ("modulation", "kernel"): ("embed", None, None),
+    ("time_down", "kernel"): ("embed", None),
 }
 
 
@@ -71,8 +82,8 @@ def spec(
     return PartitionSpec(*entries)
 
 
-def param_axes(path: Sequence[Any]) -> tuple[str, ...]:
-    """The logical axes of a decoder's parameter, by its place in the tree.
+def param_axes(path: Sequence[Any]) -> tuple[str | None, ...]:
+    """The logical axes of a model's parameter, by its place in the tree.
 
     The end of the path counts, so that a moment of an optimiser, which lies deeper in its own
     tree, is split as the parameter is.
