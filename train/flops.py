@@ -7,8 +7,11 @@ count the whole square (Chowdhery et al. 2022) are higher.
 """
 
 from kvjax.models.decoder import DecoderConfig
+from kvjax.models.video_config import VideoDiTConfig
 
-__all__ = ["PEAK_FLOPS", "decoder_step_flops", "matrix_parameters", "peak_flops"]
+__all__ = [
+    "PEAK_FLOPS", "decoder_step_flops", "matrix_parameters", "peak_flops", "video_step_flops",
+]  # fmt: skip
 
 PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("NVIDIA H100 80GB HBM3", 783e12),
@@ -62,3 +65,20 @@ def decoder_step_flops(
     layers = matrix_parameters(config) - output
     logits = output * (length if predicted is None else predicted)
     return float(rows * (6 * (layers * length + logits) + attention))
+
+
+def video_step_flops(config: VideoDiTConfig, rows: int, frames: int) -> float:
+    """FLOPs of a training step of a `VideoDiT` on `rows` clips of `frames` frames.
+
+    Counted as for a decoder: products with the layers' parameters, and the pairs of a query and a
+    key that it sees: in space all of its frame (and of the clean frames before), in time half of
+    the square. Embeddings of timesteps, a few products a frame, are left out.
+    """
+    e, places = config.embed_dim, config.num_places
+    separate = config.prefix_attention == "code"
+    layer = e * e * (4 * (2 + separate) + 2 * config.mlp_ratio + (4 if config.text_dim else 0))
+    patch = config.patch**2 * e * (config.channels + config.out_channels)
+    prefix = 0 if config.prefix_attention == "none" else config.prefix_frames
+    keys = places * (1 + prefix) + (frames + 1) / 2 + (config.text_tokens if config.text_dim else 0)
+    tokens = rows * frames * places
+    return float(6 * tokens * (config.num_layers * (layer + 2 * e * keys) + patch))

@@ -31,6 +31,7 @@ from kvjax.train.lm_config import LMConfig, read_config
 from kvjax.train.loop import run
 from kvjax.train.losses import cross_entropy, output_kernel
 from kvjax.train.metrics import Work
+from kvjax.train.optimizers import muon_cosine
 from kvjax.train.program import run_main, settle, train_options
 from kvjax.train.remat import layer_remat
 from kvjax.train.step import Loss, Sums, init_state, make_mesh, make_step
@@ -215,24 +216,13 @@ def make_batches(config: LMConfig, tokenizer: Tokenizer) -> Callable[[int], Batc
 
 
 def make_optimizer(config: LMConfig) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024) for the kernels and Adam for the rest.
-
-    The learning rate warms up and follows a cosine. Muon is here for its speed: on this task it
-    reaches a loss in about half of AdamW's steps. Its steps are scaled to the size of Adam's
-    (Liu et al. 2025), so that one learning rate serves both.
-    """
-    schedule = optax.schedules.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=min(config.warmup_steps, config.steps // 2),
-        decay_steps=config.steps,
-        end_value=0.01 * config.learning_rate,
-    )
-    return optax.contrib.muon(
-        schedule,
+    """Muon for the kernels and Adam for the rest, see `muon_cosine`."""
+    return muon_cosine(
+        _matrices,
+        learning_rate=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        steps=config.steps,
         adam_b2=config.adam_b2,
-        consistent_rms=0.2,
-        muon_weight_dimension_numbers=_matrices,
     )
 
 

@@ -35,6 +35,7 @@ def run(
     keep_every: int | None = None,
     work: Callable[[Any], Work] | None = None,
     tensorboard: bool = False,
+    after_save: Callable[[TrainState], None] | None = None,
 ) -> TrainState:
     """Takes steps until there are `steps` of them, from the folder's last checkpoint if it has one.
 
@@ -55,6 +56,8 @@ def run(
         keep_every: checkpoints of steps that this divides are kept too.
         work: what a batch is, for the speed; None reports none.
         tensorboard: whether to write `folder`/tensorboard too.
+        after_save: is called with the state whenever a checkpoint was begun, to show what the model
+            can do so far; it must not keep the state.
 
     Raises:
         InputError: the loss or the gradient is not finite, the disk is full, or the data end early;
@@ -80,6 +83,8 @@ def run(
                 if done % save_every == 0 or done == steps:
                     log.flush()  # A checkpoint is good: its loss was finite, its lines are written.
                     checkpoints.save(done, state, iterator, log.pending())
+                    if after_save is not None:
+                        after_save(state)
             checkpoints.finish()
         except OSError as error:
             raise InputError(
