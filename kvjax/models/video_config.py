@@ -113,5 +113,5 @@ VIDEO_DIT_SIZES: dict[str, VideoDiTConfig] = {
         height=32, width=32, channels=1, patch=4, num_layers=6, embed_dim=192, num_heads=6
     ),
 }
-"""XL/2 and B/2 are the paper's, for frames of 256 pixels behind an autoencoder; tiny, for 32 pixels and
-none, runs on a CPU."""
+"""XL/2 and B/2 are the paper's, for frames of 256 pixels behind an autoencoder. tiny is for a CPU:
+32 pixels and no autoencoder."""

@@ -294,22 +294,24 @@ class VideoDiT(nnx.Module):
         start = self._starter(frames, clean, tokens.dtype)
         graph, blocks = nnx.split(self.blocks)
 
-        def layer_step(x: Array, layer: tuple) -> tuple[Array, Any]:
-            number, params = layer
-            first = lambda x: jax.lax.cond(number == 0, start, lambda x: x, x)  # noqa: E731
+        def run(x: Array, params: Any, first: Callable[[Array], Array]) -> tuple[Array, Any]:
             block = nnx.merge(graph, params)
             x, kv, _ = block(x, modulation, attend, None, text, first)
             return x, kv[1:] if return_kv else None
 
-        numbers = jnp.arange(self.config.num_layers)
-        one_layer = layer_step if remat is None else remat(layer_step)
+        def layer_step(x: Array, layer: tuple) -> tuple[Array, Any]:
+            number, params = layer
+            return run(x, params, lambda x: jax.lax.cond(number == 0, start, lambda x: x, x))
+
         if layers is None:
+            numbers = jnp.arange(self.config.num_layers)
+            one_layer = layer_step if remat is None else remat(layer_step)
             tokens, kv = jax.lax.scan(one_layer, tokens, (numbers, blocks))
         else:
             each = []
-            once = jax.jit(one_layer)  # traced once, however many layers there are
+            once = jax.jit(lambda x, params: run(x, params, lambda x: x))
             for i, params in enumerate(layers):
-                tokens, kv = once(tokens, (numbers[i], params))
+                tokens, kv = once(tokens, params) if i else run(tokens, params, start)
                 each.append(kv)
             kv = jax.tree.map(lambda *x: jnp.stack(x), *each)
         out = self._leave(tokens, time)
