@@ -5,10 +5,10 @@ drawn in all. REBASE (Wu et al. 2024) deals the width out by the softmax of the 
 et al. 2025) first chooses which leaves to keep, by a 0/1 program over leaves x, ancestors y and
 clusters z:
 
-    maximise   sum O x  -  lambda_b * (cost of the kept nodes) / (cost of all)  +  lambda_d / K * sum z
+    maximise  sum O x  -  lambda_b (cost of the kept nodes) / (cost of all)  +  lambda_d / K sum z
 
-O is a leaf's share of the width, an ancestor is kept with any leaf under it, and a cluster of leaves
-that say the same is covered by any of them. Then the whole width is dealt to what was kept.
+O is a leaf's share of the width, an ancestor is kept with any leaf under it, and a cluster of
+leaves that say the same is covered by any of them. Then the whole width is dealt to what was kept.
 
 Letters: N leaves, M ancestors, K clusters. A tree is its parents: `parent[j]` of each ancestor, -1
 for the root, parents before children; and `leaf_parent[i]` of each leaf.
@@ -30,9 +30,6 @@ __all__ = [
 ]  # fmt: skip
 
 Array = np.ndarray
-# Of a node that costs nothing keeping it is worth so much: where lambda_b is 0 all are kept, as the
-# released program does.
-_KEEP = 1e-4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,8 +107,9 @@ def rebase_allocation(scores: Array, width: int, temperature: float) -> Array:
             break
         share = width * (weights[leaf] / total)
         # Shares of equal leaves differ in the last digit; it must not become a continuation.
-        out[leaf] = min(width, math.ceil(share - 1e-9 * max(1.0, share)))
-        width -= out[leaf]
+        given = min(width, math.ceil(share - 1e-9 * max(1.0, share)))
+        out[leaf] = given
+        width -= given
     return out
 
 
@@ -159,52 +157,44 @@ def _above(level: Level, leaves: Array) -> Array:
 def program_dynamic(level: Level, rewards: Array, lambda_b: float) -> Selection:
     """The best selection without coverage, exactly, in time linear in the nodes.
 
-    Keeping leaves with their ancestors is a closure: a subtree is worth the sum of its children
-    that are worth anything, less its own cost.
+    A kept node is worth all its children that are worth anything, or the one that loses least
+    where none is, less its own cost; and one of the roots is always kept.
     """
-    return _closure(level, rewards, lambda_b, 0.0)
-
-
-def _closure(level: Level, rewards: Array, lambda_b: float, keep: float) -> Selection:
-    gain, worth = _subtrees(level, rewards, lambda_b, keep)
-    nodes = _reached(level, worth)
-    leaves = (gain > 0) & nodes[level.leaf_parent]
-    if not leaves.any():
-        leaves = _best_single(level, rewards, lambda_b)
-    value, nodes = objective(level, rewards, leaves, lambda_b, 0.0)
-    return Selection(leaves, nodes, value, value)
-
-
-def _subtrees(
-    level: Level, rewards: Array, lambda_b: float, keep: float = 0.0
-) -> tuple[Array, Array]:
-    """What each leaf and each ancestor's subtree is worth by itself."""
-    scale = lambda_b / level.total_cost
-    gain = rewards - scale * level.leaf_cost + keep
-    worth = keep - scale * level.node_cost
-    np.add.at(worth, level.leaf_parent, np.maximum(gain, 0.0))
-    for node in range(len(worth) - 1, -1, -1):
-        if level.parent[node] >= 0 and worth[node] > 0:
-            worth[level.parent[node]] += worth[node]
-    return gain, worth
-
-
-def _reached(level: Level, worth: Array) -> Array:
-    """Which ancestors are kept: those worth something all the way up."""
-    nodes = worth > 0
+    gain, worth, only = _subtrees(level, rewards, lambda_b)
+    m = len(level.parent)
+    nodes = np.zeros(m + 1, bool)
+    nodes[-1] = True  # above the roots
     for node, parent in enumerate(level.parent):
-        if parent >= 0:
-            nodes[node] &= nodes[parent]
-    return nodes
+        nodes[node] = nodes[parent] and (worth[node] > 0 or only[parent] == node)
+    lone = only[level.leaf_parent] == m + np.arange(len(gain))
+    leaves = nodes[level.leaf_parent] & ((gain > 0) | lone)
+    value, kept = objective(level, rewards, leaves, lambda_b, 0.0)
+    return Selection(leaves, kept, value, value)
 
 
-def _best_single(level: Level, rewards: Array, lambda_b: float) -> Array:
-    """The one leaf that loses least, for a program that may not keep nothing."""
-    path = np.zeros(len(level.parent))
-    for node, parent in enumerate(level.parent):
-        path[node] = level.node_cost[node] + (path[parent] if parent >= 0 else 0.0)
-    alone = rewards - lambda_b * (level.leaf_cost + path[level.leaf_parent]) / level.total_cost
-    return np.arange(len(rewards)) == int(np.argmax(alone))
+def _subtrees(level: Level, rewards: Array, lambda_b: float) -> tuple[Array, Array, Array]:
+    """What leaves and subtrees are worth if they are kept, and the children kept at a loss.
+
+    Returns:
+        float[N]; float[M]; int[M + 1]: a child that is kept although it is worth nothing, as its
+        number, or M and a leaf's number, or -1. The last entry is of the roots.
+    """
+    scale, m = lambda_b / level.total_cost, len(level.parent)
+    gain, worth = rewards - scale * level.leaf_cost, -scale * level.node_cost
+    total, best, only = np.zeros(m + 1), np.full(m + 1, -np.inf), np.full(m + 1, -1)
+
+    def add(parent: int, child: int, value: float) -> None:
+        total[parent] += max(value, 0.0)
+        if value > best[parent]:
+            best[parent], only[parent] = value, child
+
+    for leaf, parent in enumerate(level.leaf_parent):
+        add(parent, m + leaf, gain[leaf])
+    for node in range(m - 1, -1, -1):
+        worth[node] += total[node] if best[node] > 0 else best[node]
+        add(level.parent[node], node, worth[node])
+    only[best > 0] = -1
+    return gain, worth, only
 
 
 def program_exact(
@@ -236,9 +226,10 @@ def program_exact(
     )
     rows = _rows(level, cluster, n, m, k)
     # Only the leaves are whole by themselves: an ancestor or cluster then is where it pays.
+    limit = {"time_limit": seconds} if seconds else {}
     solved = milp(
         -gain, constraints=rows, integrality=np.concatenate([np.ones(n), np.zeros(m + k)]),
-        bounds=Bounds(0, 1), options={"mip_rel_gap": 0.0} | ({"time_limit": seconds} if seconds else {}),
+        bounds=Bounds(0, 1), options={"mip_rel_gap": 0.0} | limit,
     )  # fmt: skip
     if solved.x is None:
         raise InputError(f"the selection program has no solution ({solved.message})")
@@ -268,7 +259,7 @@ def _rows(level: Level, cluster: Array, n: int, m: int, k: int) -> LinearConstra
     )
     low = np.zeros(tail + 1)
     low[-1] = 1
-    return LinearConstraint(matrix.tocsr(), lb=low)
+    return LinearConstraint(matrix.tocsr(), lb=low)  # pyright: ignore[reportArgumentType]
 
 
 def keep_all(level: Level, rewards: Array) -> Selection:

@@ -1,0 +1,44 @@
+"""Tree search: many beginnings of a solution, of which the promising go on, on one cache."""
+
+from kvjax.infer.search.answers import Choice, choose, last_number_or_box, same_answer
+from kvjax.infer.search.loop import Cost, Level, Searched, SearchParams, search
+from kvjax.infer.search.policies import (
+    DVTS,
+    ETS,
+    Allocation,
+    Beam,
+    BestOfN,
+    Clusters,
+    Frontier,
+    Policy,
+    Rebase,
+)
+from kvjax.infer.search.rows import Held, Reward
+from kvjax.infer.search.tree import KVSizes, Node, fold_seed, kv_sizes
+
+__all__ = [
+    "DVTS",
+    "ETS",
+    "Allocation",
+    "Beam",
+    "BestOfN",
+    "Choice",
+    "Clusters",
+    "Cost",
+    "Frontier",
+    "Held",
+    "KVSizes",
+    "Level",
+    "Node",
+    "Policy",
+    "Rebase",
+    "Reward",
+    "SearchParams",
+    "Searched",
+    "choose",
+    "fold_seed",
+    "kv_sizes",
+    "last_number_or_box",
+    "same_answer",
+    "search",
+]
