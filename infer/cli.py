@@ -13,10 +13,12 @@ __all__ = ["main"]
 _COMMANDS = {
     "generate": ("kvjax.infer.commands.generate", "continue a prompt, or answer a question"),
     "batch": ("kvjax.infer.commands.batch", "answer a file of requests"),
+    "search": ("kvjax.infer.commands.search", "solve questions by tree search"),
     "train lm": ("kvjax.train.lm", "train a small language model"),
     "train prm": ("kvjax.train.prm", "teach a policy to judge its own beginnings"),
     "bench generate": ("kvjax.infer.bench.generate", "our tokens a second beside a peer's"),
     "bench kernels": ("kvjax.infer.bench.kernels", "the kernels beside their peers and the floor"),
+    "bench search": ("kvjax.infer.bench.search", "tree searches beside each other"),
     "bench train": ("kvjax.train.bench", "the training step beside a peer's"),
 }
 

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from kvjax.errors import InputError
 from kvjax.models import hf
 from kvjax.models.decoder import Attend, Decoder, DecoderConfig
 from kvjax.models.reward import save_reward
@@ -131,7 +132,7 @@ def _round(
     tokenizer: Tokenizer, number: int,
 ) -> Any:  # fmt: skip
     """Draws plays from the parameters and trains them on; returns what becomes of them."""
-    sampler = make_sampler(graph, tokenizer.eos_ids[0], tokenizer.backend.token_to_id(PAD))
+    sampler = _sampler(graph, tokenizer)
     cast = _computing(config, params)
     drawn = draw_plays(config, sampler, cast, tokenizer, folder / "plays", number)
     machine, optimizer = config.machine, _optimizer(config)
@@ -154,6 +155,13 @@ def _round(
         work=lambda batch: work, tensorboard=machine.tensorboard,
     )  # fmt: skip
     return state.best_params
+
+
+def _sampler(graph: nnx.GraphDef[Any], tokenizer: Tokenizer) -> Any:
+    pad = tokenizer.backend.token_to_id(PAD)
+    if pad is None:
+        raise InputError(f"the policy's tokenizer has no {PAD}: train it with `kvjax train lm`")
+    return make_sampler(graph, tokenizer.eos_ids[0], pad)
 
 
 def _computing(config: PRMConfig, params: Any) -> Any:
@@ -193,7 +201,7 @@ def _measure(
     config: PRMConfig, graph: nnx.GraphDef[Any], params: Any, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """The policy at temperature 1 on fresh problems, and how well it foretells its outcomes."""
-    sampler = make_sampler(graph, tokenizer.eos_ids[0], tokenizer.backend.token_to_id(PAD))
+    sampler = _sampler(graph, tokenizer)
     rows = config.eval_problems * config.eval_rollouts
     tokens, right = sample_problems(
         sampler, _computing(config, params), tokenizer, config.eval_seed, 0, rows,

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from kvjax.errors import InputError
 from kvjax.models.countdown.game import Problem, judge, problem
 from kvjax.models.reward import TokenReward
 from kvjax.models.tokenizer import Tokenizer
@@ -53,8 +54,15 @@ class Batch(NamedTuple):
 
 def letter_reward(config: PRMConfig, tokenizer: Tokenizer) -> TokenReward:
     """How the model judges, in token ids."""
-    ids = [tokenizer.backend.token_to_id(x) for x in (config.ask, config.good, config.bad)]
+    ids = [_id(tokenizer, x) for x in (config.ask, config.good, config.bad)]
     return TokenReward(ask=(ids[0],), good=ids[1], bad=ids[2])
+
+
+def _id(tokenizer: Tokenizer, letter: str) -> int:
+    found = tokenizer.backend.token_to_id(letter)
+    if found is None:
+        raise InputError(f"the policy's tokenizer has no token {letter!r}: give another letter")
+    return found
 
 
 def asked_places(tokens: np.ndarray, tokenizer: Tokenizer, asks: int) -> tuple[Any, Any]:
@@ -62,7 +70,7 @@ def asked_places(tokens: np.ndarray, tokenizer: Tokenizer, asks: int) -> tuple[A
 
     No problem has the letters that end steps, so they are all in the plays.
     """
-    is_end = np.isin(tokens, [tokenizer.backend.token_to_id(letter) for letter in _ENDS])
+    is_end = np.isin(tokens, [_id(tokenizer, letter) for letter in _ENDS])
     places = np.argsort(~is_end, axis=1, kind="stable")[:, :asks]
     there = np.arange(asks)[None] < is_end.sum(axis=1)[:, None]
     return np.where(there, places, 0).astype(np.int32), there

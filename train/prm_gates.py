@@ -53,7 +53,10 @@ def judge_quality(chances: Array, there: Array, right: Array, plays: int) -> dic
         for s in ends
     ]
     spread = np.broadcast_to(right[:, None], there.shape)
-    off = [None if m is None else m - b for m, b in zip(means, bases, strict=True)]
+    off = [
+        m - b if m is not None and b is not None else None
+        for m, b in zip(means, bases, strict=True)
+    ]
     return {
         "plays": len(right),
         "success": float(right.mean()),

@@ -8,7 +8,7 @@ the other questions: what a node draws follows from its place in its own tree.
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
@@ -150,7 +150,7 @@ def search(
     start = planner.ledger.held
     planner.ledger.peak = start
     cost = Cost(page_bytes=llm.engine.cache.page_bytes(jax.default_backend()))
-    trees = [Searched(q, Node(None, llm.check(q), finished=False)) for q in questions]
+    trees = [Searched(q, Node(None, llm.check(q), question_text(q))) for q in questions]
     for tree in trees:
         tree.leaves = [tree.root]
     own = Held(llm.engine)
@@ -175,6 +175,14 @@ def search(
         for leaf in tree.leaves:  # the last level's
             leaf.fate = leaf.fate or "too many levels"
     return trees, cost
+
+
+def question_text(question: Prompt) -> str:
+    """What was asked, in words; "" where there are only token ids."""
+    if isinstance(question, str):
+        return question
+    last = question[-1] if len(question) else ""
+    return str(last["content"]) if isinstance(last, Mapping) else ""
 
 
 def _decide(

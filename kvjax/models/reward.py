@@ -90,7 +90,7 @@ def value_decoder(
     """
     config = dataclasses.replace(config, tie_embeddings=False)
     graph, shapes = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
-    leaf = shapes["head"]["kernel"]
+    leaf: Any = shapes["head"]["kernel"]
     head = jnp.zeros(leaf.shape, leaf.dtype).at[:, 0].set(kernel.astype(leaf.dtype))
 
     def fill(path: tuple, _: Any) -> Array:

@@ -1,0 +1,206 @@
+"""`kvjax bench search`: tree searches beside each other, by what they solve and what they hold.
+
+Problems are Countdown's, judged exactly. Every search has the same problems and seeds, so that two
+of them differ by less than either is uncertain: differences come with paired bootstrap intervals.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import tyro
+
+from kvjax.errors import InputError
+from kvjax.infer.commands.search import Question, load_models, search_all
+from kvjax.infer.commands.shared import parse_arguments, warm_up
+from kvjax.infer.compilations import CompilationCount
+from kvjax.infer.search.loop import Cost, Searched
+from kvjax.infer.search.methods import MethodOptions, read_method
+from kvjax.infer.search.tasks import TASKS, SearchTask
+from kvjax.models.countdown.game import problem
+
+__all__ = ["BenchSearch", "bootstrap_interval", "main"]
+
+_DEFAULT = (
+    "best-of-n", "rebase", "rebase,width=8", "beam", "dvts", "ets,clusters=state",
+    "ets,clusters=none,lambda_d=0",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchSearch:
+    """Measure tree searches beside each other on problems of Countdown."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN ...")] = _DEFAULT
+    """Searches, such as ets,width=64,lambda_b=1.5,clusters=state: `kvjax search --help` has the
+    names. Those without a width have --width."""
+    width: int = 16
+    """Continuations of a level."""
+    task: str = "countdown"
+    """countdown, or countdown-deep, where each operation is three steps."""
+    problems: int = 100
+    """How many."""
+    seeds: int = 1
+    """Searches of each problem."""
+    first_seed: int = 0
+    """Of the draws."""
+    problem_seed: int = 4_000_000
+    """Of the problems; training and its evaluation have others."""
+    reference: str = "rebase"
+    """To which of the runs the others are compared."""
+    policy_model: Annotated[str, tyro.conf.arg(name="policy", metavar="MODEL")] = "countdown"
+    """A folder or a built-in model."""
+    reward: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """A folder with reward.json; by default the policy itself."""
+    at_a_time: int = 8
+    """Problems that are searched together."""
+    page_size: int = 4
+    """Tokens of a page."""
+    dtype: str | None = None
+    """float32 or bfloat16; by default as the weights are stored, on the CPU float32."""
+    max_rows: int = 512
+    """The most rows of the engine."""
+    json: bool = False
+    """End with one JSON object on stdout."""
+
+
+def bootstrap_interval(
+    a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 4000
+) -> tuple[float, float]:
+    """The 95 % interval of the mean difference a - b of paired outcomes float[n]."""
+    rng = np.random.default_rng(seed)
+    difference = a - b
+    chosen = rng.integers(0, len(difference), (draws, len(difference)))
+    low, high = np.quantile(difference[chosen].mean(axis=1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _figures(
+    task: SearchTask, questions: Sequence[Question], trees: list[Searched], right: np.ndarray,
+    costs: list[Cost], seconds: float,
+) -> dict[str, Any]:  # fmt: skip
+    covered = [
+        any(task.right(question.text, leaf.answer(), None) for leaf in tree.ended)
+        for question, tree in zip(questions, trees, strict=True)
+    ]
+    mean = [_means(tree) for tree in trees if tree.levels]
+    keys = mean[0] if mean else {}
+    return {
+        "accuracy": round(float(right.mean()), 4),
+        "coverage": round(float(np.mean(covered)), 4),
+        **{key: round(float(np.mean([m[key] for m in mean])), 2) for key in keys},
+        "tokens": round(float(np.mean([tree.tokens for tree in trees])), 1),
+        "calls": round(float(np.mean([tree.calls for tree in trees])), 1),
+        "pages_peak": max(cost.pages_peak for cost in costs),
+        "kv_peak_bytes": max(cost.pages_peak * cost.page_bytes for cost in costs),
+        "pages_live": round(float(np.mean([p for cost in costs for p in cost.pages_after[1:]])), 1),
+        "seconds": round(seconds, 2),
+        "policy_seconds": round(sum(cost.policy_seconds for cost in costs), 2),
+        "reward_seconds": round(sum(cost.reward_seconds for cost in costs), 2),
+        "select_seconds": round(sum(cost.select_seconds for cost in costs), 2),
+        "solved": "".join(str(int(r)) for r in right),
+    }
+
+
+def _means(tree: Searched) -> dict[str, float]:
+    """Of a tree's levels: tokens of the cache as the paper counts, of what lives on, of that what
+    is different, and leaves.
+    """
+    levels = tree.levels
+    return {
+        "kv_pre": float(np.mean([level.before.nodes for level in levels])),
+        "kv_live": float(np.mean([level.after.nodes for level in levels])),
+        "kv_unique": float(np.mean([level.before.unique for level in levels])),
+        "kv_live_unique": float(np.mean([level.after.unique for level in levels])),
+        "kept": float(np.mean([level.kept for level in levels])),
+        "continued": float(np.mean([level.continued for level in levels])),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    args = parse_arguments(BenchSearch, "kvjax bench search", argv)
+    if args.task not in TASKS or TASKS[args.task].state is None:
+        raise InputError(f"--task {args.task!r}: use countdown or countdown-deep")
+    runs = {name: _options(name, args.width) for name in args.runs}
+    task = TASKS[args.task]
+    widest = max(options.width for options in runs.values())
+    rows = min(args.max_rows, widest * min(args.at_a_time, args.problems))
+    llm, reward = load_models(
+        args.policy_model, args.reward, rows=rows, page_size=args.page_size, dtype=args.dtype,
+        kv_memory=None,
+    )  # fmt: skip
+    for model in {id(m): m for m in (llm, reward.llm)}.values():
+        warm_up(model)
+    questions = [Question(problem(args.problem_seed, i)[0].text) for i in range(args.problems)]
+    results: dict[str, dict[str, Any]] = {}
+    with CompilationCount() as compiled:
+        for name, options in runs.items():
+            results[name] = _measure(args, llm, reward, task, options, questions)
+            print(_line(name, results[name]), file=sys.stderr if args.json else sys.stdout)
+    _compare(args, results)
+    result = {
+        "device": jax.devices()[0].device_kind, "policy": args.policy_model, "task": args.task,
+        "width": args.width, "problems": args.problems, "seeds": args.seeds,
+        "page_size": args.page_size, "compilations_after_warmup": compiled.count, "runs": results,
+    }  # fmt: skip
+    if args.json:
+        print(json.dumps(result))
+    return 0
+
+
+def _options(name: str, width: int) -> MethodOptions:
+    options = read_method(name)
+    return options if "width=" in name else dataclasses.replace(options, width=width)
+
+
+def _measure(
+    args: BenchSearch, llm: Any, reward: Any, task: SearchTask, options: MethodOptions,
+    questions: list[Question],
+) -> dict[str, Any]:  # fmt: skip
+    """Searches all problems with all seeds."""
+    trees, costs, right, start = [], [], [], time.perf_counter()
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        found, choices, cost = search_all(
+            llm, reward, task, options, questions, at_a_time=args.at_a_time, seed=seed
+        )
+        trees += found
+        costs += cost
+        for question, choice in zip(questions, choices, strict=True):
+            text = choice.leaf.answer() if choice.leaf else ""
+            right.append(float(task.right(question.text, text, None)))
+    seconds = time.perf_counter() - start
+    return _figures(task, questions * args.seeds, trees, np.asarray(right), costs, seconds)
+
+
+def _compare(args: BenchSearch, results: dict[str, dict[str, Any]]) -> None:
+    """Adds to each run its difference to the reference."""
+    if args.reference not in results:
+        return
+    # Seeds of one problem are not independent: a problem is drawn with all of them.
+    solved = {
+        name: np.asarray([int(c) for c in run["solved"]], float).reshape(args.seeds, -1).mean(0)
+        for name, run in results.items()
+    }
+    for name, run in results.items():
+        if name != args.reference:
+            low, high = bootstrap_interval(solved[name], solved[args.reference])
+            mean = float((solved[name] - solved[args.reference]).mean())
+            run["against_reference"] = [round(x, 4) for x in (mean, low, high)]
+            run["kv_live_ratio"] = round(
+                results[args.reference].get("kv_live", math.nan) / max(run.get("kv_live", 0), 1), 3
+            )
+
+
+def _line(name: str, run: dict[str, Any]) -> str:
+    return (
+        f"{name}: {run['accuracy']:.1%} solved, {run['coverage']:.1%} covered, "
+        f"{run.get('kv_pre', 0):.0f} tokens before and {run.get('kv_live', 0):.0f} after pruning, "
+        f"{run['seconds']:.1f} s"
+    )
