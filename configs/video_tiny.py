@@ -32,6 +32,7 @@ config: VideoConfig = VideoConfig(
     step=StepOptions(compute_dtype="bfloat16", clip_norm=1.0, ema_decay=0.999),
     machine=Machine(workers=14),
     sampler=Sampler(kind="ddim", steps=25, prediction="v", clip=1.0),
+    weights="bfloat16",
     save_every=1000,
     log_every=50,
 )

@@ -234,7 +234,7 @@ def train(config: VideoConfig, folder: Path) -> dict[str, Any]:
         config.model, graph, state.best_params, config.sampler, config.generation_prefix_step,
         {"digits": dataclasses.asdict(config.digits)} if config.data is None else {},
     )  # fmt: skip
-    save_video_model(folder / "model", model)
+    save_video_model(folder / "model", model, dtype=config.weights)
     return {
         "steps": int(state.step),
         "seconds": round(time.perf_counter() - start, 1),

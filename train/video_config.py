@@ -46,6 +46,7 @@ class VideoConfig:
         remat: what layers compute again in the backward pass, see `layer_remat`.
         machine: what of the machine is used.
         sampler: how the samples are made, and by default those of the trained model.
+        weights: type of the exported weights, float32 or bfloat16.
         samples: videos in the grid that every checkpoint writes; 0 writes none.
         seed: of the data and of the first parameters.
         eval_seed: of the clips whose beginnings are continued; other than `seed`.
@@ -76,6 +77,7 @@ class VideoConfig:
     sampler: Sampler = dataclasses.field(
         default_factory=lambda: Sampler(kind="ddim", steps=25, prediction="v", clip=1.0)
     )
+    weights: str = "float32"
     samples: int = 8
     seed: int = 0
     eval_seed: int = 1_000_000
@@ -97,6 +99,8 @@ class VideoConfig:
                 f"model.max_prefix is {self.model.max_prefix}: give 1 and a multiple of the chunk "
                 f"({self.model.chunk}), since prefixes are drawn from those"
             )
+        if self.weights not in ("float32", "bfloat16"):
+            raise InputError(f"weights is {self.weights!r}: use float32 or bfloat16")
         if self.sampler.prediction != self.prediction:
             raise InputError(
                 f"the model predicts {self.prediction!r} and sampler.prediction is "

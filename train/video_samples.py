@@ -1,6 +1,7 @@
 """What a video model can do so far: beginnings of clips, continued and written as one GIF."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def grid(videos: np.ndarray, columns: int = 4) -> np.ndarray:
     return tiles.reshape(t, rows * h, columns * w, c)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class SampleGrid:
     """Continues the same beginnings whenever it is asked.
 
@@ -67,10 +68,14 @@ class SampleGrid:
 
     def write(self, params: Any, step: int) -> None:
         """Writes `folder`/STEP.gif."""
-        videos = np.asarray(jax.jit(self._continue)(params))
+        videos = np.asarray(self._continued(params))
         frames = np.asarray(self.decode(jnp.asarray(videos.reshape(-1, *videos.shape[2:]))))
         frames = to_bytes(frames).reshape(*videos.shape[:2], *frames.shape[1:])
         write_video(self.folder / f"{step:06}.gif", grid(frames), scale=2)
+
+    @functools.cached_property
+    def _continued(self) -> Callable[[Any], Array]:
+        return jax.jit(self._continue)
 
     def _continue(self, params: Any) -> Array:
         """float32[B, 1 + chunks * chunk, H, W, C]."""
