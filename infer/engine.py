@@ -15,8 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kvjax.cache import CacheConfig, OutOfPages, PageLedger
 from kvjax.infer.compilations import NoCompilation
 from kvjax.infer.draw import Logprobs, settings_of
-from kvjax.infer.step import Drawn, EngineState, Params, give_seats, seats_as_arrays, step
-from kvjax.models.decoder import DecoderConfig, split_layers
+from kvjax.infer.step import Drawn, EngineState, Params, Seats, give_seats, step
+from kvjax.infer.words import to_words
+from kvjax.models.decoder import DecoderConfig, join_products, split_layers
 from kvjax.plan import Bucket, FirstCome, Grid, Planned, Sampled, Seat, StepPlan
 from kvjax.sharding import spec
 
@@ -25,8 +26,8 @@ __all__ = ["Engine", "Output"]
 # Requests that one call seats; more need more calls.
 _SEATS = 8
 
-# Bytes of weights from which on layers are taken apart: that spares every step a copy of them, but
-# takes longer to compile, which matters more for a model that is tried out on a CPU.
+# Bytes of weights from which on layers are taken apart and products joined: that spares every step
+# a copy of them, but takes longer to compile, which matters more for a model tried out on a CPU.
 _LARGE = 32 * 2**20
 
 # On a GPU XLA would join products with the same left side by laying their weights side by side in
@@ -98,9 +99,12 @@ class Engine:
         self.model: DecoderConfig = model
         self.grid: Grid = grid
         self.cache: CacheConfig = cache_config(model, grid, num_pages)
+        layers = None
+        if sum(x.nbytes for x in jax.tree.leaves(params)) >= _LARGE:
+            split = split_layers(params, consume=consume)
+            graph, params, layers = join_products(graph, *split)
         self._graph = graph
-        large = sum(x.nbytes for x in jax.tree.leaves(params)) >= _LARGE
-        self._params: Params = split_layers(params, consume=consume) if large else (params, None)
+        self._params: Params = (params, layers)
         self._programs: dict[Bucket, Callable[..., tuple[EngineState, Drawn]]] = {}
         self._give_seats: Callable[..., EngineState] | None = None
         state = EngineState.init(*self.cache.init(), grid)
@@ -118,22 +122,23 @@ class Engine:
         if self._programs:
             return
         states, _ = self._shardings or (None, None)
-        place = jax.jit(give_seats, donate_argnums=0, out_shardings=states)
+        seats = Seats.empty(self.grid, self.cache.num_pages, _SEATS)
+        give = functools.partial(give_seats, seats)
+        place = jax.jit(give, donate_argnums=0, out_shardings=states)
         options = _GPU_OPTIONS if jax.default_backend() == "gpu" else None
         buckets = self.grid.buckets
         progress(0, len(buckets) + 1)
         # XLA compiles outside of the interpreter's lock: side by side where there are cores, and
         # while the next one is traced.
         with ThreadPoolExecutor() as threads:
-            seats = seats_as_arrays(self.grid, self.cache.num_pages, _SEATS)
             compiling: dict[Any, Bucket | None] = {
-                threads.submit(place.lower(self.state, *seats).compile, options): None
+                threads.submit(place.lower(self.state, to_words(seats)).compile, options): None
             }
             for bucket in buckets:
                 run = functools.partial(step, self._graph, self.grid, bucket)
                 jitted = jax.jit(run, donate_argnums=1, out_shardings=self._shardings)
-                plan = StepPlan.empty(self.grid, bucket)
-                lowered = jitted.lower(self._params, self.state, plan)
+                nothing = to_words(StepPlan.empty(self.grid, bucket))
+                lowered = jitted.lower(self._params, self.state, nothing)
                 compiling[threads.submit(lowered.compile, options)] = bucket
             for done, program in enumerate(as_completed(compiling), 1):
                 if (bucket := compiling[program]) is None:
@@ -157,7 +162,7 @@ class Engine:
                 planned = self.planner.plan()
                 if planned is not None:
                     seats = self._seat_arguments(planned.seats)
-                    step = self._put(planned.step)
+                    step = self._put(to_words(planned.step))
                     running.append((planned, device.submit(self._compute, planned, seats, step)))
                 elif not running:
                     raise OutOfPages(
@@ -168,16 +173,16 @@ class Engine:
                 if planned is None or len(running) > 1:
                     yield self._receive(*running.popleft())
 
-    def _put(self, arrays: Any) -> Any:
-        """Sends arrays to the device ahead of the call that needs them."""
-        return jax.device_put(arrays, self._shardings and self._shardings[1])
+    def _put(self, words: np.ndarray) -> jax.Array:
+        """Sends words to the device ahead of the call that needs them."""
+        return jax.device_put(words, self._shardings and self._shardings[1])
 
-    def _compute(self, planned: Planned, seats: list[Any], step: StepPlan[jax.Array]) -> Drawn:
+    def _compute(self, planned: Planned, seats: list[jax.Array], step: jax.Array) -> Drawn:
         """Gives a call to the device."""
         assert self._give_seats is not None
         with NoCompilation():
-            for arguments in seats:
-                self.state = self._give_seats(self.state, *arguments)
+            for words in seats:
+                self.state = self._give_seats(self.state, words)
             self.state, drawn = self._programs[planned.bucket](self._params, self.state, step)
         for array in jax.tree.leaves(_wanted(planned, drawn)):
             array.copy_to_host_async()
@@ -189,22 +194,22 @@ class Engine:
         token, logprobs, scores = jax.tree.map(np.asarray, wanted)
         return [_output(s, logprobs, scores) for s in self.planner.accept(planned, token)]
 
-    def _seat_arguments(self, seats: tuple[Seat, ...]) -> list[Any]:
+    def _seat_arguments(self, seats: tuple[Seat, ...]) -> list[jax.Array]:
         """What `give_seats` takes, for as many calls as these seats need."""
         groups = (seats[start : start + _SEATS] for start in range(0, len(seats), _SEATS))
-        return [self._put(self._fill_seats(group)) for group in groups]
+        return [self._put(to_words(self._fill_seats(group))) for group in groups]
 
-    def _fill_seats(self, seats: tuple[Seat, ...]) -> tuple[Any, ...]:
-        arguments = seats_as_arrays(self.grid, self.cache.num_pages, _SEATS)
-        rows, pages, length, tokens, settings = arguments
-        for i, given in enumerate(seats):
-            rows[i], length[i] = given.row, given.length
-            pages[i, : len(given.pages)] = given.pages
-            tokens[i, : given.length] = given.tokens
-            request = given.request
+    def _fill_seats(self, given: tuple[Seat, ...]) -> Seats:
+        seats = Seats.empty(self.grid, self.cache.num_pages, _SEATS)
+        for i, seat in enumerate(given):
+            seats.rows[i], seats.length[i] = seat.row, seat.length
+            seats.pages[i, : len(seat.pages)] = seat.pages
+            seats.tokens[i, : seat.length] = seat.tokens
+            request = seat.request
             if request.sampling is not None:
-                settings_of(settings, i, request.sampling, request.stop_ids, len(request.prompt))
-        return arguments
+                prompt = len(request.prompt)
+                settings_of(seats.settings, i, request.sampling, request.stop_ids, prompt)
+        return seats
 
 
 def cache_config(model: DecoderConfig, grid: Grid, num_pages: int) -> CacheConfig:

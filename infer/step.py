@@ -16,12 +16,13 @@ from flax import nnx
 from kvjax.cache import KVPool, PageTable, advance, grow, seat, slots_of, write_positions
 from kvjax.infer.draw import Logprobs, RowSettings, draw, logprobs_of
 from kvjax.infer.sampling import MAX_LOGPROBS
+from kvjax.infer.words import from_words
 from kvjax.models.attention import paged_attend
 from kvjax.models.decoder import Decoder, LayerParams
 from kvjax.pallas_kernels.page_attention import Items, WorkList, prepare
 from kvjax.plan import Bucket, Grid, StepPlan
 
-__all__ = ["Drawn", "EngineState", "Params", "give_seats", "step"]
+__all__ = ["Drawn", "EngineState", "Params", "Seats", "give_seats", "step"]
 
 Array = jax.Array
 Params = tuple[nnx.State[Any, Any], LayerParams | None]
@@ -76,20 +77,44 @@ class Drawn(NamedTuple):
     scores: Logprobs
 
 
-def give_seats(
-    state: EngineState, rows: Array, pages: Array, length: Array, tokens: Array,
-    settings: RowSettings,
-) -> EngineState:  # fmt: skip
-    """Seats requests on the pages of their beginnings.
+class Seats(NamedTuple):
+    """Requests to seat on the pages of their beginnings.
 
-    Args:
-        state: donate it.
+    Attributes:
         rows: int32[n]; Z and above are dropped.
         pages: int32[n, M].
         length: int32[n], tokens in these pages.
         tokens: int32[n, M * P], which they are.
         settings: of these n rows.
     """
+
+    rows: Any
+    pages: Any
+    length: Any
+    tokens: Any
+    settings: RowSettings
+
+    @staticmethod
+    def empty(grid: Grid, num_pages: int, room: int) -> "Seats":
+        """Nobody's, to be filled in: numpy arrays with room for `room` requests."""
+        return Seats(
+            rows=np.full(room, grid.max_rows, np.int32),
+            pages=np.full((room, grid.pages_per_row), num_pages, np.int32),
+            length=np.zeros(room, np.int32),
+            tokens=np.zeros((room, grid.max_length), np.int32),
+            settings=RowSettings.empty(room),
+        )
+
+
+def give_seats(like: Seats, state: EngineState, words: Array) -> EngineState:
+    """Seats requests.
+
+    Args:
+        like: the seats' shapes; static.
+        state: donate it.
+        words: `to_words` of the seats.
+    """
+    rows, pages, length, tokens, settings = from_words(like, words)
     return dataclasses.replace(
         state,
         table=seat(state.table, rows, pages, length),
@@ -102,7 +127,7 @@ def give_seats(
 
 def step(
     graph: nnx.GraphDef[Any], grid: Grid, bucket: Bucket, params: Params, state: EngineState,
-    plan: StepPlan[Array],
+    words: Array,
 ) -> tuple[EngineState, Drawn]:  # fmt: skip
     """Computes a plan: writes its tokens' keys and values, attends, draws the next tokens.
 
@@ -116,8 +141,9 @@ def step(
         bucket: one of the grid's shapes; static.
         params: of the decoder.
         state: donate it.
-        plan: of that shape.
+        words: `to_words` of a plan of that shape.
     """
+    plan: StepPlan[Array] = from_words(StepPlan.empty(grid, bucket), words)
     first, layers = params
     decoder = nnx.merge(graph, first)
     state = dataclasses.replace(state, table=grow(state.table, *plan.grow))
@@ -278,17 +304,4 @@ def _no_logprobs(*shape: int) -> Logprobs:
         chosen=jnp.zeros(shape, jnp.float32),
         top_token=jnp.zeros((*shape, MAX_LOGPROBS), jnp.int32),
         top=jnp.zeros((*shape, MAX_LOGPROBS), jnp.float32),
-    )
-
-
-def seats_as_arrays(
-    grid: Grid, num_pages: int, room: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, RowSettings]:
-    """Arguments for `give_seats` that seat nobody, to be filled in: room for `room` requests."""
-    return (
-        np.full(room, grid.max_rows, np.int32),
-        np.full((room, grid.pages_per_row), num_pages, np.int32),
-        np.zeros(room, np.int32),
-        np.zeros((room, grid.max_length), np.int32),
-        RowSettings.empty(room),
     )

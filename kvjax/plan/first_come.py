@@ -107,6 +107,10 @@ class _Row:
     seat: int = -1
     branch: Branch = dataclasses.field(default_factory=Branch)
     done: bool = False
+    most: int = dataclasses.field(init=False)  # tokens in its pages at its end: not its last one
+
+    def __post_init__(self) -> None:
+        self.most = max(self.limit - 1, len(self.request.prompt))
 
     @property
     def outstanding(self) -> int:
@@ -118,9 +122,8 @@ class _Row:
         return self.limit - len(self.tokens) - self.inflight
 
     def future_pages(self, page_size: int) -> int:
-        """Pages that it may yet need: of all its tokens but the last, which is not computed."""
-        most = max(self.limit - 1, len(self.request.prompt))
-        return -(-most // page_size) - len(self.branch.pages)
+        """Pages that it may yet need."""
+        return -(-self.most // page_size) - len(self.branch.pages)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +159,12 @@ class FirstCome:
     def capacity(self) -> int:
         """The most tokens that a row can hold, its last one excepted."""
         return min(self.grid.max_length, self.ledger.num_pages * self.grid.page_size)
+
+    @property
+    def promised_pages(self) -> int:
+        """Pages that the seated rows may yet need."""
+        size = self.grid.page_size
+        return sum([-(-row.most // size) - len(row.branch.pages) for row in self._rows])
 
     @property
     def busy(self) -> bool:
@@ -332,7 +341,7 @@ class FirstCome:
             # A page for every other row, so that it is not thrown out in the next step.
             need = -(-len(row.tokens) // size) - len(row.branch.pages) + len(self._rows)
         else:
-            need = row.future_pages(size) + sum(other.future_pages(size) for other in self._rows)
+            need = row.future_pages(size) + self.promised_pages
         if need > self.ledger.available:
             self.trie.release(row.branch)
             return False

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from kvjax.models import Decoder, DecoderConfig, Rope, causal_attend
+from kvjax.models.decoder import LayerParams, join_products, split_layers
 
 SMALL = DecoderConfig(
     vocab_size=37, num_layers=3, embed_dim=12, mlp_dim=20, num_heads=4, num_kv_heads=2, head_dim=6,
@@ -113,6 +114,26 @@ def test_logits_are_those_of_the_formulas(variant: str) -> None:
         expected = plain_logits(config, params, tokens)
         # float32 against float64 through three layers: some 1e-5 of the largest logit.
         np.testing.assert_allclose(row, expected, atol=3e-5 * np.abs(expected).max(), rtol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_joined_products_are_the_same_products(variant: str) -> None:
+    config = dataclasses.replace(SMALL, **VARIANTS[variant])
+    graph, params = make(config)
+    expected = run(config, params, TOKENS)
+    graph, first, layers = join_products(graph, *split_layers(params))
+    assert set(layers[0]) & {"q", "k", "v", "gate", "up"} == set()
+
+    @jax.jit
+    def logits(first: nnx.State, layers: LayerParams) -> jax.Array:
+        decoder = nnx.merge(graph, first)
+        position = jnp.broadcast_to(jnp.arange(TOKENS.shape[1]), TOKENS.shape)
+        attend = causal_attend(config.layer_windows())
+        return decoder.logits(decoder(TOKENS, position, None, attend, layers=layers)[0])
+
+    # Products of other widths may add in another order: some bits of float32.
+    atol = 1e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(logits(first, layers), expected, atol=atol, rtol=0)
 
 
 def test_bfloat16_is_close_and_logits_are_float32() -> None:

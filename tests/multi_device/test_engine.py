@@ -17,8 +17,10 @@ import jax
 jax.config.update("jax_num_cpu_devices", 4)
 from jax.sharding import AxisType
 
+import kvjax.infer.engine
 from kvjax.infer import LLM, SamplingParams
 
+kvjax.infer.engine._LARGE = int(sys.argv[2])
 prompts = [[1, 2, 3], [1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 4, 5, 9]]
 params = SamplingParams(max_tokens=12, ignore_eos=True)
 answers, pools = [], []
@@ -34,10 +36,11 @@ print("same")
 """
 
 
-def test_answers_on_a_mesh_equal_those_on_one_device(tmp_path):
+@pytest.mark.parametrize("large", [0, 2**30], ids=["joined products", "stacked layers"])
+def test_answers_on_a_mesh_equal_those_on_one_device(tmp_path, large):
     models_for_tests.save_model(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PROGRAM, str(tmp_path)],
+        [sys.executable, "-W", "error", "-c", PROGRAM, str(tmp_path), str(large)],
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
