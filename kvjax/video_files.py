@@ -15,7 +15,10 @@ from PIL import Image
 
 from kvjax.errors import InputError
 
-__all__ = ["SUFFIXES", "count_frames", "fit_frames", "read_frames", "read_image", "write_video"]
+__all__ = [
+    "SUFFIXES", "count_frames", "fit_frames", "read_frames", "read_image", "tile_videos",
+    "to_bytes", "to_unit", "write_video",
+]  # fmt: skip
 
 SUFFIXES = (".gif", ".mp4", ".webm", ".mov", ".mkv", ".avi")
 """Endings of the files that are taken for videos."""
@@ -80,6 +83,26 @@ def fit_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
             ]
         )
     return frames
+
+
+def to_unit(frames: Any) -> Any:
+    """uint8 pixels as float32 from -1 to 1."""
+    return frames.astype(np.float32) * np.float32(2 / 255) - np.float32(1)
+
+
+def to_bytes(frames: np.ndarray) -> np.ndarray:
+    """Pixels from -1 to 1 as uint8."""
+    return np.rint((np.clip(frames, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def tile_videos(videos: np.ndarray, columns: int = 4) -> np.ndarray:
+    """[B, T, H, W, C] side by side with a line between: [T, ..., ..., C]."""
+    rows = -(-len(videos) // columns)
+    videos = np.pad(videos, ((0, rows * columns - len(videos)), *((0, 0),) * 4))
+    videos = np.pad(videos, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=96)
+    _, t, h, w, c = videos.shape
+    tiles = videos.reshape(rows, columns, t, h, w, c).transpose(2, 0, 3, 1, 4, 5)
+    return tiles.reshape(t, rows * h, columns * w, c)
 
 
 def write_video(path: Path, frames: np.ndarray, *, fps: float = 10.0, scale: int = 1) -> None:

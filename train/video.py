@@ -26,6 +26,7 @@ from kvjax.models.autoencoder import load_autoencoder
 from kvjax.models.video_config import VideoDiTConfig
 from kvjax.models.video_dit import Text, VideoDiT
 from kvjax.models.video_folder import VideoModel, save_video_model
+from kvjax.models.video_rollout import Rollout
 from kvjax.train.data import step_dataset
 from kvjax.train.flops import video_step_flops
 from kvjax.train.loop import run
@@ -36,7 +37,8 @@ from kvjax.train.remat import layer_remat
 from kvjax.train.step import Loss, Sums, TrainState, init_state, make_mesh, make_step
 from kvjax.train.video_config import VideoConfig, read_config
 from kvjax.train.video_data import Clips, DigitClips, LatentFolder, open_folder
-from kvjax.train.video_samples import SampleGrid, to_unit
+from kvjax.train.video_samples import SampleGrid
+from kvjax.video_files import to_unit
 
 __all__ = [
     "Batch",
@@ -269,8 +271,8 @@ def _samples(
     first = np.stack([clips.clip(i, 1).video for i in range(config.samples)])
     first = to_unit(first) if first.dtype == np.uint8 else first
     samples = SampleGrid(
-        graph=graph, config=config.model, sampler=config.sampler, first=first, decode=decode,
-        prefix_step=config.generation_prefix_step, frames=config.frames, folder=folder,
+        graph=graph, first=first, frames=config.frames, folder=folder, decode=decode,
+        options=Rollout(sampler=config.sampler, prefix_step=config.generation_prefix_step),
     )  # fmt: skip
     return lambda state: samples.write(state.best_params, int(state.step))
 
