@@ -14,17 +14,21 @@ _COMMANDS = {
     "generate": ("kvjax.infer.commands.generate", "continue a prompt, or answer a question"),
     "batch": ("kvjax.infer.commands.batch", "answer a file of requests"),
     "search": ("kvjax.infer.commands.search", "solve questions by tree search"),
+    "video": ("kvjax.infer.commands.video", "go on from a first frame"),
     "train lm": ("kvjax.train.lm", "train a small language model"),
     "train prm": ("kvjax.train.prm", "teach a policy to judge its own beginnings"),
+    "train video": ("kvjax.train.video", "train a causal video diffusion transformer"),
+    "train frame_features": ("kvjax.train.frame_features", "train what judges moving digits"),
     "bench generate": ("kvjax.infer.bench.generate", "our tokens a second beside a peer's"),
     "bench kernels": ("kvjax.infer.bench.kernels", "the kernels beside their peers and the floor"),
     "bench search": ("kvjax.infer.bench.search", "tree searches beside each other"),
+    "bench video-quality": ("kvjax.infer.bench.video_quality", "generated against true motion"),
     "bench train": ("kvjax.train.bench", "the training step beside a peer's"),
 }
 
 
 def _usage() -> str:
-    lines = [f"  {name:<14} {what}" for name, (_, what) in _COMMANDS.items()]
+    lines = [f"  {name:<21} {what}" for name, (_, what) in _COMMANDS.items()]
     return "usage: kvjax COMMAND [OPTIONS]\n\ncommands:\n{}\n\n{}".format(
         "\n".join(lines), "`kvjax COMMAND --help` says what a command takes."
     )
