@@ -93,6 +93,12 @@ def _zero(linear: Linear) -> Linear:
     return linear
 
 
+def _null_text(config: VideoDiTConfig, rngs: nnx.Rngs) -> Array:
+    shape = (config.text_tokens, config.text_dim)
+    null = jax.random.normal(rngs.params(), shape, jnp.float32) * config.text_dim**-0.5
+    return null.astype(config.dtype)
+
+
 class SelfAttention(nnx.Module):
     """Projections before and after an attention."""
 
@@ -237,15 +243,12 @@ class VideoDiT(nnx.Module):
         table = jax.random.normal(rngs.params(), (2, e), jnp.float32) * e**-0.5
         self.final_table: Weight = nnx.Param(table.astype(dtype))
         self.final: Linear = _zero(Linear((e,), (*patch, c.out_channels), True, dtype, rngs=rngs))
-        self.text_up: Linear | None = None
-        self.text_down: Linear | None = None
-        self.null_text: Weight | None = None
-        if c.text_dim:
-            self.text_up = Linear((c.text_dim,), (e,), True, dtype, rngs=rngs)
-            self.text_down = Linear((e,), (e,), True, dtype, rngs=rngs)
-            shape = (c.text_tokens, c.text_dim)
-            null = jax.random.normal(rngs.params(), shape, jnp.float32) * c.text_dim**-0.5
-            self.null_text = nnx.Param(null.astype(dtype))
+        texts, size = bool(c.text_dim), (c.text_dim,)
+        self.text_up: Linear | None = Linear(size, (e,), True, dtype, rngs=rngs) if texts else None
+        self.text_down: Linear | None = (
+            Linear((e,), (e,), True, dtype, rngs=rngs) if texts else None
+        )
+        self.null_text: Weight | None = nnx.Param(_null_text(c, rngs)) if texts else None
 
     def __call__(
         self,
