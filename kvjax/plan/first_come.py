@@ -250,7 +250,10 @@ class FirstCome:
             row.tokens.append(token)
             reason = "stop" if token in row.request.stop_ids else None
             count += 1
-        known = row.tokens[len(row.branch) : row.length]
+        # A token that ends a row may have been drawn before the call's last step: the call then did
+        # not bring it, and nobody may find its slot.
+        written = min(row.length, len(row.tokens) - 1) if reason else row.length
+        known = row.tokens[len(row.branch) : written]
         if known:
             self.trie.settle(row.branch, known)
         if reason is None and row in self._ending and not row.calls:
