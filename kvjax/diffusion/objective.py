@@ -167,12 +167,15 @@ def _bound(
 def _discretised(x: Array, mean: Array, log_sigma: Array) -> Array:
     """Log-probability of values in [-1, 1] with 256 levels under a normal (Ho et al. 2020)."""
     inverse, centred = jnp.exp(-log_sigma), x - mean
-    above = _normal_cdf(inverse * (centred + 1 / 255))
-    below = _normal_cdf(inverse * (centred - 1 / 255))
-    inside = jnp.where(x > 0.999, 1 - below, above - below)
-    return jnp.log(jnp.maximum(jnp.where(x < -0.999, above, inside), 1e-12))
+    high, low = inverse * (centred + 1 / 255), inverse * (centred - 1 / 255)
+    # Differences of small numbers, not of numbers near 1: float32 has no 1 - 1e-12.
+    turned = centred > 0
+    near = _normal_cdf(jnp.where(turned, -low, high))
+    inside = near - _normal_cdf(jnp.where(turned, -high, low))
+    inside = jnp.where(x > 0.999, _normal_cdf(-low), inside)
+    return jnp.log(jnp.maximum(jnp.where(x < -0.999, _normal_cdf(high), inside), 1e-12))
 
 
 def _normal_cdf(x: Array) -> Array:
     """Of the standard normal, in the approximation of the released code (Page 1977)."""
-    return 0.5 * (1 + jnp.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return jax.nn.sigmoid(2 * np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))

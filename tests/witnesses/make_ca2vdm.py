@@ -139,6 +139,8 @@ def diffusion():
     whole = gd.GaussianDiffusion(**options)
     spaced = SpacedDiffusion(space_timesteps(1000, "100"), **options)
     x0, noise, out = (torch.randn(3, c, 2, 4, 4) for c in (4, 4, 8))
+    # No wild guess: far in the tails float32 differences of the released code are rounding errors.
+    out[:, :4] = noise + 0.2 * out[:, :4]
     t = torch.tensor([0, 400, 999])
     x = whole.q_sample(x0, t, noise)
     bound = whole._vb_terms_bpd_keep_dim(lambda *_, **__: out, x0, x, t, clip_denoised=False)
