@@ -63,11 +63,17 @@ def _dot(node: Node, x: int, y: int) -> str:
     told = f"{node.text}\nscore {node.score:.3f}{times}\n{node.fate or 'continued'}"
     label = node.text if len(node.text) < 20 else node.text[:19] + "…"
     size = 2 + min(6, node.width // 2)
+    told, label = _printable(told), _printable(label)
     return (
         f'<g><title>{escape(told)}</title><circle cx="{x}" cy="{y}" r="{size}" '
         f'fill="{_colour(node)}"/><text x="{x + 9}" y="{y + 3}" fill="#444">'
         f"{escape(label.strip())}</text></g>"
     )
+
+
+def _printable(text: str) -> str:
+    """A text that XML can hold: it has no control characters, however escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _places(root: Node) -> dict[int, tuple[int, int]]:
