@@ -19,6 +19,8 @@ _COMMANDS = {
     "train prm": ("kvjax.train.prm", "teach a policy to judge its own beginnings"),
     "train video": ("kvjax.train.video", "train a causal video diffusion transformer"),
     "train frame_features": ("kvjax.train.frame_features", "train what judges moving digits"),
+    "bench batch": ("kvjax.infer.bench.batch", "a planned batch beside servers' policies"),
+    "bench batch-sim": ("kvjax.infer.bench.batch_sim", "the same, counted without a model"),
     "bench generate": ("kvjax.infer.bench.generate", "our tokens a second beside a peer's"),
     "bench kernels": ("kvjax.infer.bench.kernels", "the kernels beside their peers and the floor"),
     "bench search": ("kvjax.infer.bench.search", "tree searches beside each other"),

@@ -1,10 +1,12 @@
 """The engine: the loop that feeds the step, and never waits for it longer than it must."""
 
+import contextlib
 import dataclasses
 import functools
+import gc
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kvjax.cache import CacheConfig, OutOfPages, PageLedger
 from kvjax.infer.compilations import NoCompilation
 from kvjax.infer.draw import Logprobs, settings_of
+from kvjax.infer.planners import make_planner
 from kvjax.infer.step import Drawn, EngineState, Params, Seats, give_seats, step
 from kvjax.infer.words import to_words
 from kvjax.models.decoder import DecoderConfig, join_products, split_layers
@@ -80,6 +83,7 @@ class Engine:
         grid: the planner's sizes.
         num_pages: of the pool.
         mesh: over which the parameters lie, with axes of type Auto; None: the default device.
+        plan: the policy by which requests are planned, see `make_planner`.
         optimistic: whether requests are admitted that may later have to make room, see `FirstCome`.
         consume: give up `params` as they are taken apart, so that memory holds them once.
     """
@@ -93,6 +97,7 @@ class Engine:
         num_pages: int,
         *,
         mesh: Mesh | None = None,
+        plan: str = "fcfs-lru",
         optimistic: bool = False,
         consume: bool = False,
     ) -> None:
@@ -110,7 +115,9 @@ class Engine:
         state = EngineState.init(*self.cache.init(), grid)
         self._shardings = _shardings(state, mesh)
         self.state: EngineState = jax.device_put(state, self._shardings and self._shardings[0])
-        self.planner: FirstCome = FirstCome(grid, PageLedger(num_pages), optimistic=optimistic)
+        self.planner: FirstCome = make_planner(
+            plan, grid, PageLedger(num_pages), optimistic=optimistic
+        )
 
     @property
     def params(self) -> Params:
@@ -156,8 +163,7 @@ class Engine:
         if self.planner.busy:
             self.warm_up()
         running: deque[tuple[Planned, Future[Drawn]]] = deque()
-        # A device's loop may keep the thread that started it until it ends; this one plans.
-        with ThreadPoolExecutor(max_workers=1) as device:
+        with self._device_thread() as device, _spared_heap():
             while self.planner.busy or running:
                 planned = self.planner.plan()
                 if planned is not None:
@@ -172,6 +178,14 @@ class Engine:
                     )
                 if planned is None or len(running) > 1:
                     yield self._receive(*running.popleft())
+
+    def _device_thread(self) -> Executor:
+        """Where calls are given to the device.
+
+        A device's loop may keep the thread that started it until it ends: it is not the one that
+        plans. A fixed grid has no such loops, and two threads would only wait for each other.
+        """
+        return _Here() if self.grid.fixed else ThreadPoolExecutor(max_workers=1)
 
     def _put(self, words: np.ndarray) -> jax.Array:
         """Sends words to the device ahead of the call that needs them."""
@@ -210,6 +224,31 @@ class Engine:
                 prompt = len(request.prompt)
                 settings_of(seats.settings, i, request.sampling, request.stop_ids, prompt)
         return seats
+
+
+class _Here(Executor):
+    """Runs what it is given at once, in the caller's thread."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+@contextlib.contextmanager
+def _spared_heap() -> Iterator[None]:
+    """Lets the garbage collector pass over all that is there already, such as JAX's many objects.
+
+    Going through them takes a quarter of a second, in which nothing is given to the device.
+    """
+    if gc.get_freeze_count():  # somebody else's
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def cache_config(model: DecoderConfig, grid: Grid, num_pages: int) -> CacheConfig:

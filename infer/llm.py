@@ -14,6 +14,7 @@ from kvjax.infer.answers import Answer, Chunk, Completion
 from kvjax.infer.chat import Chat
 from kvjax.infer.compilations import keep_compilations
 from kvjax.infer.engine import Engine
+from kvjax.infer.planners import PLANNED, POLICIES
 from kvjax.infer.prefix import Prefix, check_idle, load_prefix, save_prefix
 from kvjax.infer.sampling import MAX_STOP_IDS, SamplingParams
 from kvjax.infer.scores import Score, join, score_of, scoring
@@ -74,6 +75,7 @@ class LLM:
         page_size: int = 16,
         token_budget: int | None = None,
         decode_steps: int = 8,
+        plan: str = "fcfs-lru",
         optimistic: bool = False,
         mesh: jax.sharding.Mesh | None = None,
     ) -> "LLM":
@@ -97,6 +99,9 @@ class LLM:
                 on the CPU, 4096 on accelerators.
             decode_steps: the most tokens of a request that one call of the device draws; answers
                 are streamed in pieces of so many.
+            plan: how requests are planned: "fcfs-lru" answers them in their order; "multi" plans
+                each call's prompts as one batch, whatever order that needs, and reads pages that
+                requests share once for all of them. See `kvjax.infer.planners` for others.
             optimistic: begin requests before it is sure that memory lasts for all of them. More
                 run at a time; where memory ends, the youngest wait and compute their tokens again.
             mesh: splits weights and heads over its devices, see `kvjax.sharding`; None: the default
@@ -105,6 +110,8 @@ class LLM:
         Raises:
             InputError: something in the folder cannot be used, or the memory is too little.
         """
+        if plan not in POLICIES:
+            raise InputError(f"no plan {plan!r}: use one of {', '.join(POLICIES)}")
         keep_compilations()
         folder = find_model(model)
         hf.read_config(folder)  # first of all: the plainest thing that may be wrong
@@ -112,11 +119,14 @@ class LLM:
         eos_ids = tokenizer.eos_ids if tokenizer else named_ids(folder, "eos")
         graph, params, config = hf.load(folder, dtype=dtype, mesh=mesh)
         length = min(max_length or 8192, config.max_positions)
-        grid = choose_grid(length, max_rows, page_size, token_budget, decode_steps)
+        grid = choose_grid(
+            length, max_rows, page_size, token_budget, decode_steps, shared=plan in PLANNED
+        )
         num_pages = choose_num_pages(config, grid, kv_memory)
         engine = Engine(
-            graph, params, config, grid, num_pages, mesh=mesh, optimistic=optimistic, consume=True
-        )
+            graph, params, config, grid, num_pages, mesh=mesh, plan=plan, optimistic=optimistic,
+            consume=True,
+        )  # fmt: skip
         return LLM(engine, tokenizer, eos_ids)
 
     def generate(

@@ -12,11 +12,24 @@ from kvjax.plan import Grid
 
 __all__ = ["choose_grid", "choose_num_pages"]
 
+# Runs of shared pages with fewer tokens are not worth a work item of their own.
+_SHARED_TOKENS = 64
+
 
 def choose_grid(
-    length: int, max_rows: int, page_size: int, token_budget: int | None, decode_steps: int
-) -> Grid:
-    """Few shapes, since each is a program to compile, for sequences of `length` tokens."""
+    length: int, max_rows: int, page_size: int, token_budget: int | None, decode_steps: int,
+    shared: bool = False,
+) -> Grid:  # fmt: skip
+    """Few shapes, since each is a program to compile, for sequences of `length` tokens.
+
+    Args:
+        length: tokens of the longest sequence.
+        max_rows: that run at a time.
+        page_size: tokens of a page.
+        token_budget: of a step; None: by the device.
+        decode_steps: of a call that only decodes.
+        shared: whether pages that rows share are read once for all of them.
+    """
     # A CPU is busy with little; an accelerator reads its weights for many tokens at once, and its
     # longer items have fewer partial results to merge.
     cpu = jax.default_backend() == "cpu"
@@ -31,6 +44,7 @@ def choose_grid(
         token_buckets=tuple(sorted({min(budget, max(64, max_rows)), budget})),
         split_pages=max(1, (128 if cpu else 1024) // page_size),
         decode_steps=decode_steps,
+        shared_pages=max(1, _SHARED_TOKENS // page_size) if shared else 0,
         fixed=jax.default_backend() == "gpu",
     )
 

@@ -41,6 +41,10 @@ class Batch(ModelOptions):
     optimistic: bool = False
     """Begin requests before it is sure that memory lasts for all of them; where it ends, the
     youngest wait and are computed again."""
+    plan: Annotated[str, tyro.conf.arg(metavar="NAME")] = "multi"
+    """How requests are planned. multi: the whole batch, all levels of what prompts share. exact:
+    one level. lifting, naive: simpler rules for one level. sorted-lru: sorted, with a cache.
+    fcfs-lru: in the file's order, with a cache. none: in the file's order, nothing is shared."""
     prefix: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """A beginning that `LLM.save_prefix` saved: requests that share it do not compute it."""
     json: bool = False
@@ -54,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What is wrong with the output is said before anything is loaded.
     with open_output(args.output, args.model) as output:
         rows = sum(request.params.n for request in requests)
-        llm = args.load(min(args.max_rows, rows), optimistic=args.optimistic)
+        llm = args.load(min(args.max_rows, rows), optimistic=args.optimistic, plan=args.plan)
         if any(request.custom_id not in output.answered for request in requests):
             warm_up(llm)
         if args.prefix is not None:

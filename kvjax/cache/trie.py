@@ -60,6 +60,9 @@ class Extension:
 class PrefixTrie:
     """Shares pages between sequences with equal beginnings; holds its references in a ledger.
 
+    Attributes:
+        share: False: nothing is indexed or found from now on, every sequence has its own pages.
+
     >>> trie = PrefixTrie(PageLedger(num_pages=8), page_size=2)
     >>> a, b = trie.insert([1, 2, 3, 4]), trie.insert([1, 2, 5, 6])
     >>> a.pages, b.pages
@@ -69,6 +72,7 @@ class PrefixTrie:
     def __init__(self, ledger: PageLedger, page_size: int) -> None:
         self.ledger = ledger
         self.page_size = page_size
+        self.share: bool = True
         self._root = _Node(None, (), -1)
         self._node_of: dict[int, _Node] = {}
         ledger.on_evict = self._forget
@@ -80,7 +84,7 @@ class PrefixTrie:
             How many of `tokens` were found: whole pages, and only if the branch ends with one.
         """
         size, found = self.page_size, 0
-        if len(branch.pages) * size != len(branch) or branch._private:
+        if not self.share or len(branch.pages) * size != len(branch) or branch._private:
             return 0
         node = branch._nodes[-1] if branch._nodes else self._root
         while found + size <= len(tokens):
@@ -191,7 +195,7 @@ class PrefixTrie:
     def _unindexed(self, branch: Branch) -> range:
         """The full pages of a branch that have no node yet."""
         full = len(branch) // self.page_size
-        return range(full if branch._private else len(branch._nodes), full)
+        return range(full if not self.share or branch._private else len(branch._nodes), full)
 
     def _parent_and_key(self, branch: Branch, depth: int) -> tuple[_Node, tuple[int, ...]]:
         start = depth * self.page_size

@@ -1,7 +1,9 @@
 """Host planners: they decide, in plain Python and numpy, and emit arrays of fixed shapes."""
 
 from kvjax.plan.first_come import FirstCome, Planned, Request, Sampled, Seat
-from kvjax.plan.prefix_groups import PrefixGroup, PrefixPlan, deal, plan_prefixes
+from kvjax.plan.group_order import Work, deal_groups
+from kvjax.plan.prefix_groups import Method, PrefixGroup, PrefixPlan, plan_prefixes
+from kvjax.plan.sorted_come import SortedCome
 from kvjax.plan.step import Bucket, Grid, StepPlan
 from kvjax.plan.token_batches import TokenBatches
 
@@ -9,14 +11,17 @@ __all__ = [
     "Bucket",
     "FirstCome",
     "Grid",
+    "Method",
     "Planned",
     "PrefixGroup",
     "PrefixPlan",
     "Request",
     "Sampled",
     "Seat",
+    "SortedCome",
     "StepPlan",
     "TokenBatches",
-    "deal",
+    "Work",
+    "deal_groups",
     "plan_prefixes",
 ]

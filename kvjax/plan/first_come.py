@@ -24,6 +24,7 @@ import numpy as np
 
 from kvjax.cache.ledger import OutOfPages, PageLedger
 from kvjax.cache.trie import Branch, PrefixTrie
+from kvjax.plan.sharing import order_sharers
 from kvjax.plan.step import Bucket, Grid, Run, StepPlan, pack
 
 __all__ = ["FirstCome", "Planned", "Request", "Sampled", "Seat"]
@@ -142,10 +143,16 @@ class FirstCome:
     Several calls may be planned before the first is accepted; they are accepted in order.
     """
 
-    def __init__(self, grid: Grid, ledger: PageLedger, *, optimistic: bool = False) -> None:
+    def __init__(
+        self, grid: Grid, ledger: PageLedger, *, optimistic: bool = False, grouped: bool = True
+    ) -> None:
         self.grid = grid
         self.ledger = ledger
         self.optimistic = optimistic
+        # What is in the seats' tables, if rows are to read shared pages together.
+        self._tables: np.ndarray | None = None
+        if grouped and grid.shared_pages:
+            self._tables = np.zeros((grid.max_rows, grid.pages_per_row), np.int32)
         self.trie: PrefixTrie = PrefixTrie(ledger, grid.page_size)
         self.prefill_tokens_computed: int = 0
         self.preemptions: int = 0
@@ -196,13 +203,14 @@ class FirstCome:
     def plan(self) -> Planned | None:
         """The next call, or None if nothing can be planned before another is accepted."""
         budget = self.grid.token_buckets[-1]
-        decoding = [row for row in self._rows if row.outstanding == 1]
+        decoding = [row for row in self._rows if row.outstanding == 1 and row.draws_left]
         if self.optimistic:  # otherwise their pages are promised
             decoding = [row for row in decoding if self._reserve(row, 1)]
         budget -= len(decoding)
         seats: list[Seat] = []
         runs: list[tuple[_Row, Run]] = []
-        for row in [row for row in self._rows if row.outstanding > 1]:
+        # A prompt that is only computed may have one token left: others may find its page at once.
+        for row in [row for row in self._rows if row.outstanding > (row.draws_left > 0)]:
             if budget and row.seat >= 0 and (run := self._chunk(row, budget)):
                 runs.append((row, run))
                 budget -= len(run.tokens)
@@ -362,7 +370,11 @@ class FirstCome:
         drawing = [row.request for row, run in runs if run.draws]
         logprobs = any(request.logprobs for request in drawing)
         asks = logprobs or not all(request.greedy for request in drawing)
-        bucket, step = pack([run for _, run in runs], self.grid, steps, asks)
+        runs = self._side_by_side(seats, runs)
+        bucket, step = pack([run for _, run in runs], self.grid, steps, asks, self._tables)
+        if self._tables is not None:
+            row, entry, page = step.grow[:, step.grow[0] < self.grid.max_rows]
+            self._tables[row, entry] = page
         step.logprobs[...] = logprobs
         entries, column, place = [], 0, 0
         for row, run in runs:
@@ -378,6 +390,17 @@ class FirstCome:
                 self._leave(row)
                 self._ending.add(row)
         return Planned(tuple(seats), bucket, step, tuple(entries))
+
+    def _side_by_side(
+        self, seats: list[Seat], runs: list[tuple[_Row, Run]]
+    ) -> list[tuple[_Row, Run]]:
+        """Rows that share pages beside each other."""
+        if self._tables is None:
+            return runs
+        for seat in seats:
+            self._tables[seat.row, : len(seat.pages)] = seat.pages
+        order = order_sharers(self._tables[[run.row for _, run in runs]])
+        return [runs[i] for i in order]
 
     def _throw_out_after(self, row: _Row) -> bool:
         """Throws out the youngest row if it is younger than this one."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from kvjax.plan.prefix_groups import PrefixPlan
 
-__all__ = ["Turn", "Work", "group_work", "order_turns"]
+__all__ = ["Turn", "Work", "deal_groups", "group_work", "order_turns"]
 
 
 class Work(NamedTuple):
@@ -30,10 +30,10 @@ class Work(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """A step of the queue: a group's shared beginning, or a request; and its index."""
+    """A step of the queue: a group's shared beginning, or a request; and its number."""
 
     is_group: bool
-    index: int
+    number: int
 
 
 def group_work(plan: PrefixPlan, requests: Sequence[Work]) -> tuple[list[Work], list[Work]]:
@@ -57,7 +57,7 @@ def group_work(plan: PrefixPlan, requests: Sequence[Work]) -> tuple[list[Work], 
     return groups, own
 
 
-def order_turns(plan: PrefixPlan, requests: Sequence[Work]) -> list[Turn]:
+def order_turns(plan: PrefixPlan, requests: Sequence[Work], *, by_ratio: bool = True) -> list[Turn]:
     """Every group and every request, in the order of their turns.
 
     A group is followed by all that goes on from it, so that its pages are held for a short time.
@@ -65,24 +65,68 @@ def order_turns(plan: PrefixPlan, requests: Sequence[Work]) -> list[Turn]:
     Args:
         plan: of the requests' prompts.
         requests: their work, whole prompts.
+        by_ratio: the largest first; otherwise in the order of the requests, a group's first one
+            standing for it.
     """
     groups, own = group_work(plan, requests)
+    arrival = [min(group.members, default=len(own)) for group in plan.groups]
+    for i in reversed(range(len(arrival))):
+        if (above := plan.groups[i].parent) >= 0:
+            arrival[above] = min(arrival[above], arrival[i])
     below: dict[int, list[Turn]] = {-1: [Turn(False, m) for m in plan.alone]}
     for i, group in enumerate(plan.groups):
         below.setdefault(group.parent, []).append(Turn(True, i))
         below.setdefault(i, []).extend(Turn(False, m) for m in group.members)
 
-    def ratio(turn: Turn) -> float:
-        return (groups if turn.is_group else own)[turn.index].ratio
+    def urgency(turn: Turn) -> float:
+        if by_ratio:
+            return (groups if turn.is_group else own)[turn.number].ratio
+        return -(arrival[turn.number] if turn.is_group else turn.number)
 
     turns: list[Turn] = []
-    todo = sorted(below[-1], key=ratio)  # a stack: the last goes first
+    todo = sorted(below[-1], key=urgency)  # a stack: the last goes first
     while todo:
         turn = todo.pop()
         turns.append(turn)
         if turn.is_group:
-            todo += sorted(below[turn.index], key=ratio)
+            todo += sorted(below[turn.number], key=urgency)
     return turns
+
+
+def deal_groups(
+    plan: PrefixPlan, requests: Sequence[Work], replicas: int
+) -> tuple[tuple[int, ...], ...]:
+    """Deals a batch to replicas: whole groups, the largest first, each to who has the least so far.
+
+    A token drawn counts as one computed: both are one token of a step.
+
+    Args:
+        plan: of the requests' prompts.
+        requests: their work, whole prompts.
+        replicas: one or more, each with its own cache.
+
+    Returns:
+        The requests of each replica, ascending.
+
+    Raises:
+        ValueError: fewer than one replica.
+    """
+    if replicas < 1:
+        raise ValueError(f"{replicas=} must be 1 or more")
+    groups, own = group_work(plan, requests)
+    top: list[int] = []
+    members: dict[int, list[int]] = {}
+    for i, group in enumerate(plan.groups):
+        top.append(top[group.parent] if group.parent >= 0 else i)
+        members.setdefault(top[i], []).extend(group.members)
+    pieces = [(sum(groups[i]), some) for i, some in members.items()]
+    pieces += [(sum(own[m]), [m]) for m in plan.alone]
+    loads, hands = [0] * replicas, [[] for _ in range(replicas)]
+    for size, some in sorted(pieces, key=lambda piece: -piece[0]):
+        least = min(range(replicas), key=loads.__getitem__)
+        loads[least] += size
+        hands[least] += some
+    return tuple(tuple(sorted(hand)) for hand in hands)
 
 
 def _sum(parts: Sequence[Work]) -> Work:

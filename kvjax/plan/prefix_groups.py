@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-__all__ = ["Method", "PrefixGroup", "PrefixPlan", "PrefixTree", "deal", "plan_prefixes"]
+__all__ = ["Method", "PrefixGroup", "PrefixPlan", "PrefixTree", "plan_prefixes"]
 
 Array = np.ndarray
 Method = Literal["exact", "multi", "lifting", "naive"]
@@ -293,23 +293,3 @@ def _plan(tree: PrefixTree, nodes: Array, *, nested: bool) -> PrefixPlan:
         users = int(tree.leaves[v]) if nested else len(some)
         saved += (users - 1) * int(tree.depth[v] - tree.depth[above])
     return PrefixPlan(tuple(groups), tuple(alone), saved)
-
-
-def deal(work: Sequence[float], replicas: int) -> tuple[tuple[int, ...], ...]:
-    """Deals pieces of work to replicas, the largest first, each to the one with the least so far.
-
-    Args:
-        work: of each piece, such as a group's prefix with its members', in any unit.
-        replicas: one or more.
-
-    Returns:
-        The pieces of each replica, in the order of the pieces.
-    """
-    if replicas < 1:
-        raise ValueError(f"{replicas=} must be 1 or more")
-    loads, hands = [0.0] * replicas, [[] for _ in range(replicas)]
-    for piece in sorted(range(len(work)), key=lambda i: -work[i]):
-        least = min(range(replicas), key=loads.__getitem__)
-        loads[least] += work[piece]
-        hands[least].append(piece)
-    return tuple(tuple(sorted(hand)) for hand in hands)

@@ -74,7 +74,7 @@ def shared_pages(
     start = np.zeros(rows, np.int64)
     common = _common(pages, depth)
     if common.max() < least:
-        return Shared(*np.zeros((5, 0), np.int64), start)
+        return _as_shared([], start)
     tree = PrefixTree.of_neighbours(np.arange(rows), common)
     # Queries and work items below each node, if every row read for itself.
     first_query = np.concatenate([[0], ends])
@@ -95,7 +95,12 @@ def shared_pages(
         begin[-1] = deep
         start[first:end] = deep
         found.append((first, from_page, deep, int(first_query[first]), int(first_query[end])))
-    return Shared(*np.array(found, np.int64).reshape(-1, 5).T, start)
+    return _as_shared(found, start)
+
+
+def _as_shared(found: list[tuple[int, int, int, int, int]], start: Array) -> Shared:
+    row, first_page, end_page, first, end = np.array(found, np.int64).reshape(-1, 5).T
+    return Shared(row, first_page, end_page, first, end, start)
 
 
 def _common(pages: Array, depth: Array) -> Array:

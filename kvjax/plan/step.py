@@ -9,11 +9,16 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from kvjax.plan.sharing import shared_pages
+
 __all__ = ["Bucket", "Grid", "Run", "StepPlan", "cut_items", "pack"]
 
 Array = np.ndarray
 # A plan's arrays are numpy's where it is made, and JAX's inside of the step.
 A = TypeVar("A")
+
+# The most shared items that a query is in, on average of a step.
+_SHARED_PER_QUERY = 2
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -49,6 +54,8 @@ class Grid:
         split_pages: a work item spans at most so many pages, counted from the row's start.
         tile_queries: a work item of a chunk spans at most so many queries.
         decode_steps: S, the most steps of a call in which every row brings one token.
+        shared_pages: rows whose tables begin with the same pages read runs of at least so many
+            pages once for all of them; 0: every row reads for itself.
         fixed: a call runs one step or all S, and what is asked for is part of its shape: more
             shapes, but no loop and no condition that depends on data. A GPU waits for its host at
             every such place.
@@ -62,6 +69,7 @@ class Grid:
     split_pages: int = 16
     tile_queries: int = 32
     decode_steps: int = 8
+    shared_pages: int = 0
     fixed: bool = False
 
     def __post_init__(self) -> None:
@@ -106,11 +114,23 @@ class Grid:
 
     def room_for_items(self, bucket: Bucket) -> tuple[int, int]:
         """The most work items (of single queries, of chunk tiles) that a step may need."""
-        splits = -(-self.pages_per_row // self.split_pages)
-        if not bucket.chunks:
-            return bucket.rows * splits, 0
         tiles = bucket.tokens // self.tile_queries + min(bucket.tokens // 2, self.max_rows)
-        return bucket.rows * splits, tiles * splits
+        own = bucket.rows * self._splits, tiles * self._splits if bucket.chunks else 0
+        return own[0], own[1] + self.room_for_shared(bucket)
+
+    def room_for_shared(self, bucket: Bucket) -> int:
+        """The most work items of pages that rows share; beyond, each row reads for itself."""
+        if not self.shared_pages:
+            return 0
+        return (bucket.tokens // self.tile_queries + bucket.rows // 2) * self._splits
+
+    def room_for_partials(self, tokens: int) -> int | None:
+        """The most (work item, query) pairs of a step; None: as many as its items have room for."""
+        return (self._splits + _SHARED_PER_QUERY) * tokens if self.shared_pages else None
+
+    @property
+    def _splits(self) -> int:
+        return -(-self.pages_per_row // self.split_pages)
 
     def room_for_entries(self, bucket: Bucket) -> int:
         """The most table entries that a step may set."""
@@ -130,7 +150,7 @@ class StepPlan(NamedTuple, Generic[A]):
         grow: int32[3, n]: row, entry, page: the table's new entries, made before anything else.
         singles: int32[I, 5] work items of rows that bring one token.
         num_singles: int32 scalar.
-        tiles: int32[I', 5] work items of rows that bring a chunk.
+        tiles: int32[I', 5] work items of rows that bring a chunk, and of pages that rows share.
         num_tiles: int32 scalar.
         sample: int32[B], the place among the T tokens whose successor is drawn.
         sample_row: int32[B], `max_rows` where there is none.
@@ -207,33 +227,47 @@ class Run(NamedTuple):
     targets: list[int]
 
 
-def cut_items(rows: Array, pages: Array, first: Array, end: Array, split: int) -> Array:
-    """Cuts (row, page count, query run) into work items of at most `split` pages.
+def cut_items(
+    rows: Array, pages: Array, first: Array, end: Array, split: int, begin: Array | None = None
+) -> Array:
+    """Cuts (row, page run, query run) into work items of at most `split` pages.
 
     Args:
         rows: int[n].
-        pages: int[n], how many each reads.
+        pages: int[n], the page after the last that each reads.
         first: int[n], its first query.
         end: int[n], the query after its last.
         split: pages an item; cuts lie at its multiples, whatever else is in the batch.
+        begin: int[n], the first page that each reads, if not the row's first.
 
     Returns:
         int32[I, 5], see `kvjax.pallas_kernels.page_attention.Items`.
     """
-    splits = -(-pages // split)
+    begin = np.zeros_like(pages) if begin is None else begin
+    before = begin // split
+    splits = -(-pages // split) - before
     which = np.repeat(np.arange(len(rows)), splits)
-    number = np.arange(len(which)) - np.repeat(np.cumsum(splits) - splits, splits)
-    first_page = number * split
-    end_page = np.minimum(first_page + split, pages[which])
+    number = np.arange(len(which)) - np.repeat(np.cumsum(splits) - splits - before, splits)
+    first_page = np.maximum(number * split, begin[which])
+    end_page = np.minimum((number + 1) * split, pages[which])
     return np.stack(
         [rows[which], first_page, end_page, first[which], end[which]], 1, dtype=np.int32
     )
 
 
 def pack(
-    runs: list[Run], grid: Grid, steps: int = 1, asks: bool = False
+    runs: list[Run], grid: Grid, steps: int = 1, asks: bool = False, tables: Array | None = None
 ) -> tuple[Bucket, StepPlan[Array]]:
-    """Lays runs out in the smallest bucket that holds them, in the order given."""
+    """Lays runs out in the smallest bucket that holds them, in the order given.
+
+    Args:
+        runs: at least one.
+        grid: the static sizes.
+        steps: that the call may run.
+        asks: whether a row wants more than the likeliest token.
+        tables: int32[max_rows, M], the pages of each seat before the step, if neighbours are to
+            read the pages that they share together.
+    """
     counts = np.array([len(run.tokens) for run in runs])
     starts = np.array([run.start for run in runs])
     rows = np.array([run.row for run in runs])
@@ -258,7 +292,10 @@ def pack(
     plan.room[: len(drawn)], plan.steps[...], plan.asks[...] = draws[drawn], steps, asks
     _fill_entries(plan, runs, grid)
     reach = starts + counts + np.maximum(draws - 1, 0)
-    _fill_items(plan, rows, starts, counts, ends, reach, grid)
+    begin = np.zeros_like(starts)
+    if tables is not None:
+        begin = _fill_shared(plan, rows, starts, counts, tables, grid, bucket)
+    _fill_items(plan, rows, starts, counts, ends, reach, grid, begin)
     return bucket, plan
 
 
@@ -276,9 +313,9 @@ def _fill_entries(plan: StepPlan[Array], runs: list[Run], grid: Grid) -> None:
 
 def _fill_items(
     plan: StepPlan[Array], rows: Array, starts: Array, counts: Array, ends: Array, reach: Array,
-    grid: Grid,
+    grid: Grid, begin: Array,
 ) -> None:  # fmt: skip
-    """Work items; `reach` is how long each row is when the call ends."""
+    """Work items of pages from `begin` on; `reach` is how long each row is when the call ends."""
     # A chunk is cut into tiles; a tile reads the pages up to its own last query.
     tiles = -(-counts // grid.tile_queries)
     which = np.repeat(np.arange(len(rows)), tiles)
@@ -290,12 +327,37 @@ def _fill_items(
     single = counts[which] == 1
     length = np.where(single, reach[which], starts[which] + last)
     pages = -(-length // grid.page_size)
-    index = (rows[which], pages, first + offset, first + last)
+    index = (rows[which], pages, first + offset, first + last, begin[which])
     for chosen, room, count in (
         (single, plan.singles, plan.num_singles),
         (~single, plan.tiles, plan.num_tiles),
     ):
-        row, page, begin, end = (part[chosen] for part in index)
-        items = cut_items(row, page, begin, end, grid.split_pages)
-        room[: len(items)] = items
-        count[...] = len(items)
+        row, page, query, end, from_page = (part[chosen] for part in index)
+        items = cut_items(row, page, query, end, grid.split_pages, from_page)
+        room[int(count) : int(count) + len(items)] = items
+        count[...] += len(items)
+
+
+def _fill_shared(
+    plan: StepPlan[Array], rows: Array, starts: Array, counts: Array, tables: Array, grid: Grid,
+    bucket: Bucket,
+) -> Array:  # fmt: skip
+    """Work items of pages that neighbours share; the pages from which each reads for itself."""
+    # Pages that hold a row's own new tokens are not read whole by all of its queries.
+    shared = shared_pages(
+        tables[rows], starts // grid.page_size, counts, page_size=grid.page_size,
+        tile=grid.tile_queries, least=grid.shared_pages, split=grid.split_pages,
+        max_items=grid.room_for_shared(bucket), max_pairs=_SHARED_PER_QUERY * int(counts.sum()),
+    )  # fmt: skip
+    tiles = -(-(shared.end - shared.first) // grid.tile_queries)
+    which = np.repeat(np.arange(len(tiles)), tiles)
+    number = np.arange(len(which)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
+    first = shared.first[which] + number * grid.tile_queries
+    items = cut_items(
+        rows[shared.row[which]], shared.end_page[which], first,
+        np.minimum(first + grid.tile_queries, shared.end[which]), grid.split_pages,
+        shared.first_page[which],
+    )  # fmt: skip
+    plan.tiles[: len(items)] = items
+    plan.num_tiles[...] = len(items)
+    return shared.start

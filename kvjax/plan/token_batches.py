@@ -52,14 +52,17 @@ class TokenBatches(FirstCome):
     Attributes:
         method: what is shared, see `plan_prefixes`. "multi" also goes on from pages that happen to
             be in the cache; with the others exactly what is planned is computed.
+        by_ratio: whether groups with much to draw go first, instead of those that came first.
         planned_savings: prompt tokens that the plans so far need not compute.
     """
 
     def __init__(
-        self, grid: Grid, ledger: PageLedger, *, method: Method = "multi", optimistic: bool = False
-    ) -> None:
+        self, grid: Grid, ledger: PageLedger, *, method: Method = "multi", by_ratio: bool = True,
+        optimistic: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(grid, ledger, optimistic=optimistic)
         self.method: Method = method
+        self.by_ratio: bool = by_ratio
         self.planned_savings: int = 0
         self._new: list[_Row] = []
         self._group_of: dict[int, _Group] = {}  # by ids, the prefixes' own included: below 0
@@ -110,7 +113,7 @@ class TokenBatches(FirstCome):
         self.planned_savings += plan.saved
         groups = self._make_groups(plan, rows)
         work = [Work(len(row.request.prompt), self._expected(row)) for row in rows]
-        for is_group, i in order_turns(plan, work):
+        for is_group, i in order_turns(plan, work, by_ratio=self.by_ratio):
             row = groups[i].row if is_group else rows[i]
             assert row is not None, "a new group has its row"
             self._waiting.append(row)
@@ -179,7 +182,7 @@ class TokenBatches(FirstCome):
             need = -(-len(first.tokens) // size) + len(self._rows)
         else:
             need = first.future_pages(size) + len(first.branch.pages)
-            need += sum(other.future_pages(size) for other in self._rows)
+            need += self.promised_pages
         return need - len(row.branch.pages) <= self.ledger.available
 
     def _throw_out_after(self, row: _Row) -> bool:

@@ -6,10 +6,8 @@ from functools import cache
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from kvjax.plan.prefix_groups import PrefixTree, deal, plan_prefixes
+from kvjax.plan.prefix_groups import PrefixTree, plan_prefixes
 
 METHODS = ("naive", "lifting", "exact", "multi")
 
@@ -144,15 +142,6 @@ def test_batches_without_anything_to_share():
     assert plan_prefixes([(1,), (2, 3)], 4, "lifting").alone == (0, 1)
     with pytest.raises(ValueError, match="exact, multi"):
         plan_prefixes([(1,)], 4, "best")  # pyright: ignore[reportArgumentType]
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.lists(st.integers(0, 30), max_size=20), st.integers(1, 5))
-def test_work_is_dealt_evenly(work, replicas):
-    hands = deal(work, replicas)
-    assert sorted(i for hand in hands for i in hand) == list(range(len(work)))
-    loads = [sum(work[i] for i in hand) for hand in hands]
-    assert max(loads) - min(loads) <= max(work, default=0)
 
 
 def test_planning_takes_little_time_and_memory():

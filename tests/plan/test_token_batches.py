@@ -9,8 +9,8 @@ from pages_of_tokens import VOCABULARY, Device, drive, rollout
 
 from kvjax.cache import PageLedger
 from kvjax.plan import Grid, Request, TokenBatches
-from kvjax.plan.group_order import Turn, Work, group_work, order_turns
-from kvjax.plan.prefix_groups import PrefixGroup, PrefixPlan
+from kvjax.plan.group_order import Turn, Work, deal_groups, group_work, order_turns
+from kvjax.plan.prefix_groups import PrefixGroup, PrefixPlan, plan_prefixes
 
 GRID = Grid(
     page_size=4, max_rows=3, pages_per_row=6, row_buckets=(1, 3), token_buckets=(8, 16),
@@ -92,6 +92,26 @@ def test_nested_groups_follow_their_parents():
     assert group_work(plan, work)[0] == [Work(4 + 2 + 4 + 2, 19), Work(4 + 2, 18)]
     turns = order_turns(plan, work)
     assert turns[:2] == [Turn(True, 0), Turn(True, 1)] and turns[4] == Turn(False, 0)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9), st.integers(1, 30)), max_size=20),
+    st.integers(1, 5),
+)
+def test_groups_are_dealt_whole_and_evenly(specs, replicas):
+    prompts = [(*[d] * 12, *[100 + i] * own) for i, (d, own, _) in enumerate(specs)]
+    plan = plan_prefixes([prompt[:-1] for prompt in prompts], 4)
+    work = [Work(len(p), draws) for p, (_, _, draws) in zip(prompts, specs, strict=True)]
+    hands = deal_groups(plan, work, replicas)
+    assert sorted(i for hand in hands for i in hand) == list(range(len(specs)))
+    homes = [{d for d, _, _ in (specs[i] for i in hand)} for hand in hands]
+    assert all(not a & b for i, a in enumerate(homes) for b in homes[:i])  # no document twice
+    size = {d: 12 for d, _, _ in specs}
+    for d, own, draws in specs:
+        size[d] += own + draws
+    loads = [sum(size[d] for d in home) for home in homes]
+    assert max(loads) - min(loads) <= max(size.values(), default=0)
 
 
 def test_requests_that_come_later_are_a_batch_of_their_own():

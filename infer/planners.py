@@ -1,0 +1,45 @@
+"""The policies by which requests are planned, by name: ours, and those of others beside it."""
+
+from typing import cast, get_args
+
+from kvjax.cache import PageLedger
+from kvjax.plan import FirstCome, Grid, Method, SortedCome, TokenBatches
+
+__all__ = ["PLANNED", "POLICIES", "make_planner"]
+
+PLANNED: tuple[str, ...] = get_args(Method)
+"""Policies that plan a batch as a whole."""
+POLICIES: tuple[str, ...] = (*PLANNED, "sorted-lru", "fcfs-lru", "none")
+"""All policies."""
+
+
+def make_planner(
+    policy: str, grid: Grid, ledger: PageLedger, *, by_ratio: bool = True, optimistic: bool = False
+) -> FirstCome:
+    """The planner of a policy.
+
+    Args:
+        policy: "multi", "exact", "lifting", "naive": the batch is planned, with what is shared as
+            `plan_prefixes` says. "fcfs-lru": first come, first served, beginnings are found in the
+            cache while they are there. "sorted-lru": the same, with the batch sorted by its tokens.
+            "none": first come, first served, nothing is shared. Only the first four read pages
+            that rows share together.
+        grid: the static sizes.
+        ledger: the pages.
+        by_ratio: of planned ones, see `TokenBatches`.
+        optimistic: see `FirstCome`.
+
+    Raises:
+        ValueError: there is no such policy.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"{policy=}: use one of {', '.join(POLICIES)}")
+    if policy in PLANNED:
+        method = cast(Method, policy)
+        return TokenBatches(
+            grid, ledger, method=method, by_ratio=by_ratio, optimistic=optimistic
+        )  # fmt: skip
+    kind = SortedCome if policy == "sorted-lru" else FirstCome
+    planner = kind(grid, ledger, optimistic=optimistic, grouped=False)
+    planner.trie.share = policy != "none"
+    return planner
