@@ -28,8 +28,9 @@ DEEP_ENDS = ("=", ":", ";")
 
 _SIZE, _LARGEST, _LIMIT = 5, 20, 999
 _LOW, _HIGH = 10, 300
-_STEP = re.compile(r"(\d{1,3})([-+*/])(\d{1,3})=(\d{1,3}):(\d{1,3}(?: \d{1,3})*)")
-_PENDING = re.compile(r"(\d{1,3})([-+*/])(\d{1,3})=(?:(\d{1,3}):)?")
+_N = r"(0|[1-9]\d{0,2})"
+_STEP = re.compile(rf"{_N}([-+*/]){_N}={_N}:((?:{_N} )*{_N})")
+_PENDING = re.compile(rf"{_N}([-+*/]){_N}=(?:{_N}:)?")
 
 
 class Problem(NamedTuple):
