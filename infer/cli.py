@@ -13,6 +13,7 @@ __all__ = ["main"]
 _COMMANDS = {
     "generate": ("kvjax.infer.commands.generate", "continue a prompt, or answer a question"),
     "batch": ("kvjax.infer.commands.batch", "answer a file of requests"),
+    "eval": ("kvjax.infer.commands.evaluate", "what compressed caches lose and save"),
     "search": ("kvjax.infer.commands.search", "solve questions by tree search"),
     "video": ("kvjax.infer.commands.video", "go on from a first frame"),
     "train lm": ("kvjax.train.lm", "train a small language model"),

@@ -132,8 +132,6 @@ def combine(suite: Suite) -> list[Combination]:
         policy = read_policy(name)
         budgets = [FULL] if policy is None else suite.budgets
         found += [Combination(name, policy, budget) for budget in budgets]
-    for budget in suite.budgets:
-        parse_budget(budget)
     return found
 
 
@@ -315,7 +313,7 @@ def _run(
 
 
 def _narrow(sizes: Sizes, table: Any) -> Any:
-    """The table with as few entries as hold its pages, from a few widths so that little compiles."""
+    """The table cut to as many entries as are used, in powers of two, so that little compiles."""
     most = table.pages.shape[-1]
     need = int(jnp.max(-(-table.length // sizes.page_size))) + sizes.spare
     width = min(most, 1 << max(0, need - 1).bit_length())

@@ -38,7 +38,7 @@ POLICIES: Mapping[str, Callable[[], Policy | None]] = {
     "tova": lambda: TOVA(),
     "snapkv": lambda: SnapKV(last=8),
     "snapkv-max": lambda: SnapKV(last=8, kernel=7, pooling="max"),
-    "pyramidkv": lambda: PyramidKV(last=8),
+    "pyramidkv": lambda: PyramidKV(last=8, fallback=False),
     "knorm": lambda: Knorm(),
     "keydiff": lambda: KeyDiff(),
     "chunkkv": lambda: ChunkKV(chunk=8, last=8),
@@ -93,4 +93,9 @@ def _value(text: str) -> object:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
-    return tuple(value) if isinstance(value, list) else value
+    return _frozen(value)
+
+
+def _frozen(value: object) -> object:
+    """Lists as tuples: a policy is a static argument, and so has to be hashable."""
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value

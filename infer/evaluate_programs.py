@@ -19,7 +19,17 @@ from kvjax.models.decoder import Attend, Decoder, DecoderConfig
 from kvjax.pallas_kernels.page_attention import Items, WorkList
 from kvjax.select import Evicted, Observation, Policy, View, evict, pages_held
 
-__all__ = ["Choice", "Prefilled", "Sizes", "answer", "choose", "prefill", "read_question", "remove"]
+__all__ = [
+    "Choice",
+    "Prefilled",
+    "Sizes",
+    "answer",
+    "choose",
+    "extend",
+    "prefill",
+    "read_question",
+    "remove",
+]
 
 Array = jax.Array
 
@@ -242,14 +252,14 @@ def read_question(
     row = jnp.broadcast_to(row, tokens.shape).reshape(-1)
     position = (table.position[:, None] + place).reshape(-1)
     first = jnp.arange(rows, dtype=jnp.int32) * width
-    pool, table, hidden = _extend(
+    pool, table, hidden = extend(
         decoder, sizes, pool, table, tokens.reshape(-1), jnp.where(used, row, rows), position,
         first, first + count, width,
     )  # fmt: skip
     return pool, table, _likeliest(decoder, hidden[first + count - 1])
 
 
-def _extend(
+def extend(
     decoder: Decoder, sizes: Sizes, pool: KVPool, table: PageTable, tokens: Array, row: Array,
     position: Array, first: Array, end: Array, max_queries: int,
 ) -> tuple[KVPool, PageTable, Array]:  # fmt: skip
@@ -301,7 +311,7 @@ def answer(
     def one(carry: tuple) -> tuple:
         i, pool, table, token, live, out = carry
         row = jnp.where(live, number, rows)
-        pool, table, hidden = _extend(
+        pool, table, hidden = extend(
             decoder, sizes, pool, table, token, row, table.position, number, number + 1, 1
         )
         token = jnp.where(live, _likeliest(decoder, hidden), -1)

@@ -121,39 +121,45 @@ def paper_budgets(capacity: Number, groups: int, shape: int = 14) -> list[Number
     return [capacity * (ends[0] - h * step) // ends[1] for h in range(groups)]
 
 
-def linear_budgets(capacity: Number, layers: int, beta: int, keep: int) -> list[Number]:
-    """PyramidKV's budgets of a layer, bottom first: a line from much to little.
+def linear_budgets(capacity: Array, limit: Array, layers: int, beta: int, least: int) -> Array:
+    """PyramidKV's budgets of a layer, bottom first: a line from much to little, as in kvpress.
 
     Args:
-        capacity: tokens of a layer on average, `keep` included.
+        capacity: int32[B], tokens of a layer on average.
+        limit: int32[B], the most that a layer can use.
         layers: L.
-        beta: the top layer keeps the beta-th part of the mean, beside `keep`.
-        keep: tokens that every layer keeps in any case.
+        beta: the top layer gets the beta-th part of the mean.
+        least: or so many tokens if that is more, but no more than the mean.
+
+    Returns:
+        int32[L, B].
     """
-    if layers == 1:
-        return [capacity]
-    rest = capacity - keep
-    top = rest // beta
-    bottom = 2 * rest - top
-    return [keep + bottom - (bottom - top) * i // (layers - 1) for i in range(layers)]
+    mean, limit = capacity.astype(jnp.float32), limit.astype(jnp.float32)
+    top = jnp.maximum(mean / beta, jnp.minimum(mean, float(least)))
+    bottom = jnp.minimum(2 * mean - top, jnp.maximum(limit, mean))
+    step = (2 * bottom - 2 * mean) / max(1, layers - 1)
+    layer = jnp.arange(layers, dtype=jnp.float32)[:, None]
+    return jnp.round(bottom[None] - layer * step[None]).astype(jnp.int32)
 
 
-def redistribute(budgets: Array, limit: Array) -> Array:
-    """What a group has beyond its limit goes to the others in equal parts, in whole tokens.
+def redistribute(budgets: Array, limit: Array, weights: Array | None = None) -> Array:
+    """What a part has beyond its limit goes to the others, in whole tokens.
 
     Args:
         budgets: int32[G, ...].
-        limit: int32[G, ...], the most that a group can use.
+        limit: int32[G, ...], the most that a part can use.
+        weights: float32[G, ...], in which proportion the others share; None: equally.
 
     Returns:
         int32[G, ...], nowhere above the limit, with at most the same sum.
     """
+    weights = jnp.ones(budgets.shape, jnp.float32) if weights is None else weights
     for _ in range(budgets.shape[0]):
         excess = jnp.sum(jnp.maximum(budgets - limit, 0), axis=0, keepdims=True)
         budgets = jnp.minimum(budgets, limit)
-        has_room = budgets < limit
-        share = excess // jnp.maximum(jnp.sum(has_room, axis=0, keepdims=True, dtype=jnp.int32), 1)
-        budgets = budgets + jnp.where(has_room, share, 0)
+        open_to = jnp.where(budgets < limit, weights, 0.0)
+        total = jnp.maximum(jnp.sum(open_to, axis=0, keepdims=True), 1e-30)
+        budgets = budgets + (excess.astype(jnp.float32) * (open_to / total)).astype(jnp.int32)
     return jnp.minimum(budgets, limit)
 
 

@@ -19,13 +19,13 @@ class ChunkKV(Policy):
 
     Attributes:
         chunk: tokens of a chunk. A whole number of them is kept.
-        last: the observation window; it always stays and counts in the budget.
+        last: the observation window; its tokens score more than all others.
         kernel: as in SnapKV.
         reuse: layers that take over the choice of the first of them; 1: each chooses.
     """
 
-    chunk: int = 16
-    last: int = 16
+    chunk: int = 20
+    last: int = 32
     kernel: int = 5
     reuse: int = 1
 
@@ -36,16 +36,16 @@ class ChunkKV(Policy):
 
     def keep(self, view: View, tokens: jax.Array) -> jax.Array:
         """See `Policy.keep`."""
-        scores = SnapKV(last=self.last, kernel=self.kernel).scores(view)
-        end = jnp.minimum(tokens[None, None], self.last)  # [1, 1, B]
-        free = view.live & (view.slot < (view.length - end)[..., None])
-        summed = jnp.sum(scores, axis=1, keepdims=True)[:: self.reuse]
-        chunks = summarize(summed, free[:: self.reuse, :1], self.chunk, None)
-        some = summarize(jnp.ones_like(summed), free[:: self.reuse, :1], self.chunk, None) > 0
-        count = jnp.broadcast_to((tokens[None, None] - end) // self.chunk, chunks.shape[:3])
-        kept = keep_best(jnp.where(some, chunks, -jnp.inf), count)
+        scores = SnapKV(last=self.last, kernel=self.kernel).scores(view)[:: self.reuse]
+        live = view.live[:: self.reuse]
+        window = recent(view, jnp.full(view.shape[:3], self.last, jnp.int32))[:: self.reuse]
+        highest = jnp.max(jnp.where(live, scores, 0.0), axis=(0, 1, 3))[None, None, :, None]
+        scores = jnp.sum(jnp.where(window, highest + 1, scores), axis=1, keepdims=True)
+        chunks = summarize(scores, live[:, :1], self.chunk, None)
+        first = jnp.arange(chunks.shape[-1], dtype=jnp.int32)[None, None, None] * self.chunk
+        chunks = jnp.where(first < view.length[:: self.reuse, :1, :, None], chunks, -jnp.inf)
+        count = jnp.maximum(tokens // self.chunk, 1)[None, None]
+        kept = keep_best(chunks, jnp.broadcast_to(count, chunks.shape[:3]))
         kept = jnp.repeat(jnp.repeat(kept, self.chunk, axis=-1), self.reuse, axis=0)
-        kept = jnp.broadcast_to(kept[: view.shape[0], :, :, : view.shape[3]], view.shape)
         whole = (tokens[None, None] >= view.length)[..., None]
-        last = recent(view, jnp.broadcast_to(end, view.shape[:3]))
-        return view.live & ((kept & free) | last | whole)
+        return view.live & (kept[: view.shape[0], :, :, : view.shape[3]] | whole)

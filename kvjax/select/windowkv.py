@@ -10,9 +10,11 @@ beyond them is an option by itself: `leaders`, `heads`, `kernel`, `overlap`, `si
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kvjax.errors import InputError
 from kvjax.pallas_kernels.window_scores import summarize
@@ -31,8 +33,8 @@ class WindowKV(Policy):
 
     Attributes:
         window: omega, tokens of a window.
-        alpha: how many of the last queries score, and how many of the last tokens always stay;
-            they count in the budget.
+        alpha: how many of the last queries score.
+        last: how many of the last tokens always stay; they count in the budget. -1: alpha.
         group: gamma, layers that keep the same windows.
         leaders: which layer scores for each group; empty: the first of each. See
             `calibrate_leaders`.
@@ -41,8 +43,11 @@ class WindowKV(Policy):
         strategy: which rows' windows are scored by their `top` tokens instead of all: "paper":
             those of aggregation tasks; "demo": of localization tasks, as the released demo;
             "mean": none; "top": all. Rows of unknown task count as localization.
-        budgets: of the groups: "code" or "paper" (see `kvjax.select.budgets`), or "uniform".
-        shape: lambda, how steep these two are.
+        budgets: of the groups: "code" or "paper" (see `kvjax.select.budgets`), "uniform", or
+            "shares".
+        shape: lambda, how steep "code" and "paper" are.
+        shares: how groups and heads share the budget, [groups][K], or [groups][1] where heads are
+            shared; in any unit. Calibration finds them (`kvjax.infer.evaluate_calibrate`).
         heads: "shared": all heads keep the same windows; "each": each KV head its own, which
             needs pages of one head.
         kernel: tokens over which attention is smoothed by its maximum before windows are scored,
@@ -57,12 +62,14 @@ class WindowKV(Policy):
 
     window: int = 8
     alpha: int = 16
+    last: int = -1
     group: int = 1
     leaders: tuple[int, ...] = ()
     top: int = 0
     strategy: str = "paper"
     budgets: str = "uniform"
     shape: int = 14
+    shares: tuple[tuple[float, ...], ...] | Array = ()
     heads: str = "shared"
     kernel: int = 1
     overlap: bool = False
@@ -74,7 +81,7 @@ class WindowKV(Policy):
     def __post_init__(self) -> None:
         choices = {
             "strategy": ("paper", "demo", "mean", "top"),
-            "budgets": ("uniform", "code", "paper"),
+            "budgets": ("uniform", "code", "paper", "shares"),
             "heads": ("shared", "each"),
         }
         for name, allowed in choices.items():
@@ -124,11 +131,10 @@ class WindowKV(Policy):
         leaders = jnp.asarray(self.leader_layers(view.shape[0]), jnp.int32)
         end, suffix = self._suffix(view, tokens)
         scores = self._scores(view, leaders, end)  # [groups, K or 1, B, U]
-        count = self._counts(view, tokens, end, suffix)  # int32[groups, B] units
+        count = self._counts(tokens, end, suffix)  # int32[groups, K or 1, B] units
         index = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None, None, None]
         scores = jnp.where(index < self.sink_windows * (self.window // self.unit), jnp.inf, scores)
         some = index * self.unit < end[:: self.group, : scores.shape[1], :, None]
-        count = jnp.broadcast_to(count[:, None], scores.shape[:3])
         kept = keep_best(jnp.where(some, scores, -jnp.inf), count)
         kept = jnp.repeat(jnp.repeat(kept, self.unit, axis=-1), self.group, axis=0)
         kept = jnp.broadcast_to(kept[..., : view.shape[3]], view.shape)
@@ -138,7 +144,7 @@ class WindowKV(Policy):
     def _suffix(self, view: View, tokens: Array) -> tuple[Array, Array]:
         """Where the suffix begins and what it costs, int32[L, K, B] each, in tokens."""
         length, size = view.length, view.page_size
-        end = jnp.maximum(length - self.alpha, 0)
+        end = jnp.maximum(length - (self.alpha if self.last < 0 else self.last), 0)
         filled = length
         if not self.exact:
             end, filled = end // size * size, -(-length // size) * size
@@ -192,32 +198,64 @@ class WindowKV(Policy):
     def _over_heads(self, view: View, scores: Array) -> Array:
         return by_kv_head(scores, 1 if self.heads == "shared" else view.shape[1])
 
-    def _counts(self, view: View, tokens: Array, end: Array, suffix: Array) -> Array:
-        """How many units each group keeps, int32[groups, B]."""
-        review = end[:: self.group, 0]  # int32[groups, B], tokens that may be kept or not
+    def _counts(self, tokens: Array, end: Array, suffix: Array) -> Array:
+        """How many units each group keeps, int32[groups, K or 1, B]."""
+        heads = 1 if self.heads == "shared" else end.shape[1]
+        review, suffix = (x[:: self.group, :heads] for x in (end, suffix))
         groups = review.shape[0]
-        capacity = jnp.maximum(tokens[None] - suffix[:: self.group, 0], 0)
-        shares = {
-            "uniform": lambda: [capacity[0]] * groups,
-            "code": lambda: code_budgets(capacity[0], self.group, groups, self.shape),
-            "paper": lambda: paper_budgets(capacity[0], groups, self.shape),
-        }[self.budgets]()
-        budget = jnp.maximum(jnp.stack(shares), 0)
+        capacity = jnp.maximum(tokens[None, None] - suffix, 0)
+        budget = jnp.maximum(self._budgets(capacity, groups), 0)
         if self.share_rest:
-            budget = redistribute(budget, -(-review // self.unit) * self.unit)
-        if self.strict:
-            if self.share_rest:
-                budget = share_out(budget, jnp.sum(budget, axis=0), self.unit, (0,))
-            count = budget // self.unit
-        else:
+            weights = self._weights(groups, heads) if self.budgets == "shares" else None
+            budget = _over_all(
+                lambda b, limit: redistribute(b, limit, weights),
+                budget, -(-review // self.unit) * self.unit,
+            )  # fmt: skip
+        if not self.strict:
             count = self._count_of_the_code(review, budget)
+        elif self.share_rest:
+            rounded = _over_all(lambda b: share_out(b, jnp.sum(b, axis=0), self.unit, (0,)), budget)
+            count = rounded // self.unit
+        else:
+            count = budget // self.unit
         return jnp.where(budget >= review, -(-review // self.unit), count)
+
+    def _budgets(self, capacity: Array, groups: int) -> Array:
+        """Budgets of all groups and heads from the mean one, int32[groups, K or 1, B]."""
+        mean = capacity[0]
+        if self.budgets == "code":
+            return jnp.stack(code_budgets(mean, self.group, groups, self.shape))
+        if self.budgets == "paper":
+            return jnp.stack(paper_budgets(mean, groups, self.shape))
+        if self.budgets == "uniform":
+            return capacity
+        weights = self._weights(groups, capacity.shape[1])
+        total = jnp.sum(capacity, axis=(0, 1)).astype(jnp.float32)
+        return (weights.reshape(*capacity.shape[:2], 1) * total[None, None]).astype(jnp.int32)
+
+    def _weights(self, groups: int, heads: int) -> Array:
+        """The shares as parts of 1, float32[groups * K or 1, 1]."""
+        if isinstance(self.shares, jax.Array):  # traced, while they are being calibrated
+            return self.shares.reshape(-1, 1) / jnp.sum(self.shares)
+        shares = np.asarray(self.shares, np.float32)
+        if shares.shape != (groups, heads) or shares.min() < 0 or not shares.sum() > 0:
+            raise InputError(
+                f"shares of {shares.shape} for {groups} groups and {heads} heads: name one each, "
+                "none below 0"
+            )
+        return jnp.asarray(shares.reshape(-1, 1) / shares.sum())
 
     def _count_of_the_code(self, review: Array, budget: Array) -> Array:
         """The released rule, which may exceed the budget by less than a window."""
         dropped = -(-(review - budget) // self.unit)
         kept = -(-review // self.unit) - dropped
         return jnp.where(dropped * self.unit >= review, 0, kept)
+
+
+def _over_all(function: Callable[..., Array], *arrays: Array) -> Array:
+    """Applies a function of [parts, B] to arrays [groups, heads, B]."""
+    flat = (x.reshape(-1, x.shape[-1]) for x in arrays)
+    return function(*flat).reshape(arrays[0].shape)
 
 
 def calibrate_leaders(view: View, tokens: Array, policy: WindowKV) -> tuple[int, ...]:
