@@ -25,6 +25,7 @@ _COMMANDS = {
     "bench generate": ("kvjax.infer.bench.generate", "our tokens a second beside a peer's"),
     "bench kernels": ("kvjax.infer.bench.kernels", "the kernels beside their peers and the floor"),
     "bench search": ("kvjax.infer.bench.search", "tree searches beside each other"),
+    "bench video": ("kvjax.infer.bench.video", "video chunks with and without the cache"),
     "bench video-quality": ("kvjax.infer.bench.video_quality", "generated against true motion"),
     "bench train": ("kvjax.train.bench", "the training step beside a peer's"),
 }

@@ -38,7 +38,14 @@ def held_frames(ring: FrameRing, layer: int) -> HeldFrames:
 
 
 class FrameAttend(Protocol):
-    """Where the attentions of a block find their keys."""
+    """Where the attentions of a block find their keys.
+
+    Attributes:
+        clean: whether all new frames are clean and will be written into the cache.
+    """
+
+    @property
+    def clean(self) -> bool: ...  # noqa: D102
 
     def spatial(self, qkv: Projections, held: HeldFrames | None, own: bool) -> Array:
         """Attention inside frames, and of noisy frames to the last clean ones.
@@ -100,12 +107,14 @@ class WholeClip:
         mask: bool[B or 1, T, T], which frame sees which.
         prefix_frames: how many clean frames a noisy one sees in its spatial attention.
         rotary: whether the temporal attention rotates by positions.
+        clean: always False: there is no cache to write.
     """
 
     prefix: Array | None
     mask: Array
     prefix_frames: int = dataclasses.field(default=0, metadata={"static": True})
     rotary: bool = dataclasses.field(default=False, metadata={"static": True})
+    clean: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def spatial(self, qkv: Projections, held: HeldFrames | None, own: bool) -> Array:
         """See `FrameAttend`. A clean frame sees itself alone."""

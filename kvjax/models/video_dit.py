@@ -113,6 +113,15 @@ class SelfAttention(nnx.Module):
         qkv = self.qkv(x)
         return qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
 
+    def queries(self, x: Array) -> Projections:
+        """Queries alone, for an attention whose keys and values are all cached."""
+        bias = self.qkv.bias
+        assert bias is not None
+        precision = "highest" if x.dtype == jnp.float32 else None
+        q = jnp.einsum("btse,ehd->btshd", x, self.qkv.kernel[...][:, 0], precision=precision)
+        q = q + bias[...][0][None, None, None]
+        return q, q, q
+
 
 class TextAttention(nnx.Module):
     """Attention of all tokens to a text."""
@@ -202,7 +211,9 @@ class VideoBlock(nnx.Module):
         out = inside_frames(*qkv) if prefix is None else attend.spatial(qkv, held, True)
         x = x + gate1 * self.spatial.out(out)
         if self.prefix is not None:
-            prefix = self.prefix.project(x)
+            # A noisy frame of this variant sees no key of its own.
+            cached = held is not None and not attend.clean
+            prefix = self.prefix.queries(x) if cached else self.prefix.project(x)
             x = x + gate1 * self.prefix.out(attend.spatial(prefix, held, False))
         temporal = self.temporal.project(start(x))
         if ends:
