@@ -23,7 +23,7 @@ _INT, _NUMBER, _BOOL = (int,), (int, float), (bool,)
 _SAID = {_INT: "an integer", _NUMBER: "a number", _BOOL: "true or false"}
 
 _GENERATION = {
-    "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty",
+    "max_tokens", "expected_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty",
     "frequency_penalty", "repetition_penalty", "logit_bias", "seed", "n", "stop", "stop_token_ids",
     "ignore_eos", "logprobs", "prompt_logprobs", "return_tokens_as_token_ids",
 }  # fmt: skip
@@ -185,6 +185,7 @@ def _parse_params(url: str, body: dict[str, Any]) -> SamplingParams:
         prompt_logprobs = max(logprobs or 0, prompt_logprobs or 0)
     return SamplingParams(
         max_tokens=read("max_completion_tokens", _INT, max_tokens),
+        expected_tokens=read("expected_tokens", _INT),
         min_tokens=read("min_tokens", _INT, 0),
         temperature=float(read("temperature", _NUMBER, 1.0)),
         top_k=max(0, read("top_k", _INT, 0)),  # -1 is how vLLM says all

@@ -317,6 +317,7 @@ class LLM:
             id=self._next_id,
             prompt=prompt,
             max_tokens=capacity if params.max_tokens is None else params.max_tokens,
+            expected_tokens=params.expected_tokens,
             stop_ids=self._stop_ids(params),
             score_from=score_from,
             logprobs=params.logprobs is not None,

@@ -23,6 +23,8 @@ class SamplingParams:
 
     Attributes:
         max_tokens: the most tokens to generate; None: until the model's context is full.
+        expected_tokens: how many there will be, as far as known; only the order in which a planned
+            batch runs depends on it. None: `max_tokens`, or what other answers came to.
         min_tokens: until so many are generated, no token that would end the answer is drawn.
         temperature: 0 takes the likeliest token; 1 draws from the model's distribution.
         top_k: draw only from so many likeliest tokens; 0: all.
@@ -47,6 +49,7 @@ class SamplingParams:
     """
 
     max_tokens: int | None = 256
+    expected_tokens: int | None = None
     min_tokens: int = 0
     temperature: float = 0.0
     top_k: int = 0
@@ -98,6 +101,7 @@ class SamplingParams:
 
 
 _RANGES = (
+    ("expected_tokens", 1, 2**31 - 1),
     ("min_tokens", 0, 2**31 - 1),
     ("temperature", 0, 1e6),
     ("top_k", 0, 2**31 - 1),

@@ -38,6 +38,8 @@ class Request:
         id: names it in what the planner returns.
         prompt: token ids, at least one.
         max_tokens: to draw; less if the row's pages end before, 0 only computes the prompt.
+        expected_tokens: how many of them there will be, as far as known: `TokenBatches` orders by
+            it. None: nothing is known.
         stop_ids: tokens that end it.
         score_from: the first token of the prompt, 1 or later, whose log-probability is wanted,
             with all that follow it; None: of none.
@@ -49,6 +51,7 @@ class Request:
     id: int
     prompt: tuple[int, ...]
     max_tokens: int
+    expected_tokens: int | None = None
     stop_ids: frozenset[int] = frozenset()
     score_from: int | None = None
     logprobs: bool = False

@@ -68,6 +68,8 @@ class TokenBatches(FirstCome):
         self._group_of: dict[int, _Group] = {}  # by ids, the prefixes' own included: below 0
         self._pinned: list[_Group] = []  # computed, oldest first
         self._prefixes = 0
+        # Requests that a token may end: how many have ended, and with how many tokens in all.
+        self._stopped = self._stopped_tokens = 0
 
     @property
     def busy(self) -> bool:
@@ -104,7 +106,13 @@ class TokenBatches(FirstCome):
 
     def accept(self, planned: Planned, drawn: np.ndarray) -> list[Sampled]:
         """Takes what a planned call drew; see `FirstCome.accept`."""
-        return [news for news in super().accept(planned, drawn) if news.id >= 0]
+        rows = {entry.row.request.id: entry.row for entry in planned.entries}
+        found = [news for news in super().accept(planned, drawn) if news.id >= 0]
+        for row in [rows[news.id] for news in found if news.finish_reason]:
+            if row.request.stop_ids:
+                self._stopped += 1
+                self._stopped_tokens += len(row.tokens) - len(row.request.prompt)
+        return found
 
     def _arrange(self, rows: list[_Row]) -> None:
         """Puts a batch into the queue, in the order in which it is to run."""
@@ -149,7 +157,12 @@ class TokenBatches(FirstCome):
 
     def _expected(self, row: _Row) -> int:
         """Tokens that a request is expected to draw. Only the order depends on it."""
-        return row.limit - len(row.request.prompt)
+        most = row.limit - len(row.request.prompt)
+        if row.request.expected_tokens is not None:
+            return min(most, row.request.expected_tokens)
+        if row.request.stop_ids and self._stopped:
+            return min(most, round(self._stopped_tokens / self._stopped))
+        return most
 
     def _admit(self, row: _Row) -> bool:
         """Finds the pages that hold a row's beginning, if its other pages can be had."""

@@ -208,3 +208,17 @@ def test_every_answer_is_its_own_whatever_the_memory(
         assert planner.prefill_tokens_computed == total - planner.planned_savings
     assert planner.ledger.held == 0
     assert planner.ledger.available == num_pages
+
+
+def test_what_is_expected_orders_a_batch():
+    """By a request's own word, else by what those before it came to, else by the most there is."""
+    planner, device = planner_and_device(grid=dataclasses.replace(GRID, max_rows=3))
+    first = rollout((9,), 2)[-1]
+    planner.add(Request(id=0, prompt=(9,), max_tokens=20, stop_ids=frozenset({first})))
+    drive(planner, device)  # it ended after 1 or 2 tokens
+    stop = frozenset({VOCABULARY + 1})
+    planner.add(Request(id=1, prompt=(1, 1), max_tokens=9, stop_ids=stop))
+    planner.add(Request(id=2, prompt=(2, 2), max_tokens=6))
+    planner.add(Request(id=3, prompt=(3, 3), max_tokens=9, expected_tokens=4))
+    planned = planner.plan()
+    assert [seat.request.id for seat in planned.seats] == [2, 3, 1]
