@@ -7,6 +7,7 @@ its own and no FVD; FVD needs the I3D network, which a user may bring (`load_i3d
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,9 @@ def load_i3d(path: str | Path) -> Features:
     except ImportError:
         raise InputError("I3D is a TorchScript file: install torch to use it") from None
     try:
-        network: Any = torch.jit.load(str(path), map_location="cpu").eval()
+        with warnings.catch_warnings():  # PyTorch discourages the only format that there is of it
+            warnings.simplefilter("ignore", DeprecationWarning)
+            network: Any = torch.jit.load(str(path), map_location="cpu").eval()
     except (RuntimeError, ValueError, OSError) as e:
         first = str(e).strip().splitlines()[:1]
         raise InputError(f"{path}: no TorchScript file ({' '.join(first)})") from None

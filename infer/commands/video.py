@@ -20,6 +20,7 @@ from kvjax.infer.commands.shared import parse_arguments
 from kvjax.infer.compilations import keep_compilations
 from kvjax.infer.video import Rollout, rollout, split_video_model
 from kvjax.infer.video_output import FrameCodec, VideoOutput, open_codec
+from kvjax.models.text_encoder import load_text_encoder
 from kvjax.models.video_dit import Text
 from kvjax.models.video_folder import VideoModel, load_video_model
 from kvjax.moving_digits import MovingDigits, load_digit_images
@@ -49,8 +50,12 @@ class Video:
     """ddpm, ddim or few_step; by default the model's own."""
     guidance: float = 1.0
     """With a text: how strongly it is followed."""
+    prompt: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+    """For a model with text: what to show; needs --text-encoder."""
+    text_encoder: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """A Hugging Face folder of the T5 (v1.1) that the model was trained with."""
     text: Annotated[Path | None, tyro.conf.arg(metavar="FILE.npz")] = None
-    """For a model with text: its embedding, `text` [tokens, size] and maybe `text_mask`."""
+    """In place of a prompt its embedding: `text` [tokens, size] and maybe `text_mask`."""
     autoencoder: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """For a model of latents: the folder of its AutoencoderKL."""
     dtype: Annotated[str, tyro.conf.arg(metavar="TYPE")] = "float32"
@@ -132,29 +137,43 @@ def _first_frame(args: Video, model: VideoModel, codec: FrameCodec) -> np.ndarra
 def _text(args: Video, model: VideoModel, copies: int) -> Text | None:
     """The text of every row: with guidance, none and then the text."""
     if not model.config.text_dim:
-        if args.text is not None:
-            raise InputError("this model knows no texts: leave --text out")
+        if args.text is not None or args.prompt is not None:
+            raise InputError("this model knows no texts: leave --prompt and --text out")
         return None
     none = nnx.merge(model.graph, model.params).no_text(1)
-    if args.text is None:
+    if args.text is None and args.prompt is None:
         return Text(*(jnp.concatenate([x] * copies) for x in none))
-    try:
-        with np.load(args.text) as file:
-            embed = file["text"].astype(np.float32)[None]
-            there = file["text_mask"][None] if "text_mask" in file else np.ones(embed.shape[:2])
-    except (OSError, ValueError, KeyError) as e:
-        raise InputError(f"{args.text}: no .npz with `text` ({e})") from None
-    missing = none.embed.shape[1] - embed.shape[1]
-    if embed.shape[2] != model.config.text_dim or missing < 0:
+    tokens, size = none.embed.shape[1:]
+    embed, there = _embedding(args, tokens)
+    missing = tokens - embed.shape[1]
+    if embed.shape[2] != size or missing < 0:
         raise InputError(
-            f"{args.text}: `text` is {list(embed.shape[1:])}, and the model wants up to "
-            f"{none.embed.shape[1]} tokens of {model.config.text_dim}"
+            f"the text is {list(embed.shape[1:])}, and the model wants up to {tokens} tokens of "
+            f"{size}: use the encoder that it was trained with"
         )
     padded = jnp.pad(embed, ((0, 0), (0, missing), (0, 0))).astype(none.embed.dtype)
     given = Text(padded, jnp.pad(there.astype(bool), ((0, 0), (0, missing))))
     if copies == 1:
         return given
     return Text(*(jnp.concatenate(pair) for pair in zip(none, given, strict=True)))
+
+
+def _embedding(args: Video, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """float32[1, N, size] and bool[1, N] of the prompt, or of the file that has it."""
+    if args.prompt is not None and args.text is None:
+        if args.text_encoder is None:
+            raise InputError("--prompt needs --text-encoder, the folder of a T5; or give --text")
+        return load_text_encoder(args.text_encoder)([args.prompt], tokens)
+    if args.prompt is not None:
+        raise InputError("--prompt and --text: give one of them")
+    assert args.text is not None
+    try:
+        with np.load(args.text) as file:
+            embed = file["text"].astype(np.float32)[None]
+            there = file["text_mask"][None] if "text_mask" in file else np.ones(embed.shape[:2])
+    except (OSError, ValueError, KeyError) as e:
+        raise InputError(f"{args.text}: no .npz with `text` ({e})") from None
+    return embed, there
 
 
 def _report(args: Video, seconds: list[float]) -> None:
