@@ -16,6 +16,7 @@ def muon_cosine(
     warmup_steps: int,
     steps: int,
     adam_b2: float,
+    adam_share: float = 1.0,
 ) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024) for matrices and Adam for the rest.
 
@@ -30,14 +31,22 @@ def muon_cosine(
         warmup_steps: in which it rises from 0; at most half of all.
         steps: of the run.
         adam_b2: of Adam.
+        adam_share: what Adam takes of the learning rate.
     """
-    schedule = optax.schedules.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=learning_rate,
-        warmup_steps=min(warmup_steps, steps // 2),
-        decay_steps=steps,
-        end_value=0.01 * learning_rate,
-    )
+
+    def schedule(peak: float) -> optax.Schedule:
+        return optax.schedules.warmup_cosine_decay_schedule(
+            init_value=0.0,
+            peak_value=peak,
+            warmup_steps=min(warmup_steps, steps // 2),
+            decay_steps=steps,
+            end_value=0.01 * peak,
+        )
+
     return optax.contrib.muon(
-        schedule, adam_b2=adam_b2, consistent_rms=0.2, muon_weight_dimension_numbers=matrices
+        schedule(learning_rate),
+        adam_learning_rate=schedule(adam_share * learning_rate),
+        adam_b2=adam_b2,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=matrices,
     )

@@ -42,6 +42,7 @@ from kvjax.video_files import to_unit
 
 __all__ = [
     "Batch",
+    "first_model",
     "main",
     "make_batches",
     "make_optimizer",
@@ -63,7 +64,7 @@ class Batch(NamedTuple):
 
     Attributes:
         video: uint8[B, T, H, W, C] pixels or float32 means of latents.
-        prefix: int32[B], clean frames at the beginning; behind them is one chunk, to the end.
+        prefix: int32[B], clean frames at the beginning; behind them is one chunk that counts.
         seed: uint32[B], of what is random in each row.
         spread: float32, as video, the standard deviations of latents; or None.
         text: float32[B, N, text_dim], or None.
@@ -83,15 +84,17 @@ def make_batches(config: VideoConfig, clips: Clips) -> Callable[[int], Batch]:
 
     def batch(step: int) -> Batch:
         rng = np.random.default_rng(np.random.SeedSequence((config.seed, step, 1)))
-        prefix, rows = int(rng.choice(config.prefixes)), config.batch_size
-        frames = prefix + config.model.chunk
+        rows = config.batch_size
+        draws = rows if config.prefix_per_row else 1
+        prefix = np.broadcast_to(rng.choice(config.prefixes, draws), rows).astype(np.int32)
+        frames = config.frames if config.prefix_per_row else int(prefix[0]) + config.model.chunk
         found = [clips.clip(step * rows + row, frames) for row in range(rows)]
         video, *others = (
             None if parts[0] is None else np.stack(parts) for parts in zip(*found, strict=True)
         )
         assert video is not None
         seed = rng.integers(2**32, size=rows, dtype=np.uint32)
-        return Batch(video, np.full(rows, prefix, np.int32), seed, *others)
+        return Batch(video, prefix, seed, *others)
 
     return batch
 
@@ -167,6 +170,21 @@ def _text(model: VideoDiT, config: VideoConfig, batch: Batch, keys: Array) -> Te
     return Text(embed, jnp.where(dropped[:, None], none.mask, batch.text_mask))
 
 
+def first_model(config: VideoConfig) -> tuple[nnx.GraphDef[Any], nnx.State[Any, Any]]:
+    """A fresh model, split, in which timesteps say little at first.
+
+    At full size their modulations would drown a block's own.
+    """
+    graph, params = nnx.split(VideoDiT(config.model, rngs=nnx.Rngs(config.seed)))
+
+    def damp(path: tuple, x: Array) -> Array:
+        names = jax.tree_util.keystr(path)
+        timed = "kernel" in names and ("modulation" in names or "time" in names)
+        return 0.3 * x if timed else x
+
+    return graph, jax.tree_util.tree_map_with_path(damp, params)
+
+
 def make_optimizer(config: VideoConfig) -> optax.GradientTransformation:
     """Muon for the kernels of the blocks and Adam for the rest, see `muon_cosine`."""
     return muon_cosine(
@@ -175,6 +193,7 @@ def make_optimizer(config: VideoConfig) -> optax.GradientTransformation:
         warmup_steps=config.warmup_steps,
         steps=config.steps,
         adam_b2=config.adam_b2,
+        adam_share=config.adam_share,
     )
 
 
@@ -219,7 +238,7 @@ def train(config: VideoConfig, folder: Path) -> dict[str, Any]:
     clips, machine = open_clips(config, config.seed), config.machine
     mesh = make_mesh(machine.data, machine.fsdp, machine.model)
     settle(folder, config)
-    graph, params = nnx.split(VideoDiT(config.model, rngs=nnx.Rngs(config.seed)))
+    graph, params = first_model(config)
     optimizer, start = make_optimizer(config), time.perf_counter()
     state = init_state(params, optimizer, mesh=mesh, ema=config.step.ema_decay is not None)
     state = run(
@@ -230,13 +249,9 @@ def train(config: VideoConfig, folder: Path) -> dict[str, Any]:
         save_every=config.save_every, log_every=config.log_every,
         keep_last=machine.keep_last, keep_every=machine.keep_every,
         work=functools.partial(_work, config.model), tensorboard=machine.tensorboard,
-        after_save=_samples(config, graph, folder / "samples"),
+        after_save=_exporter(config, graph, folder),
     )  # fmt: skip
-    model = VideoModel(
-        config.model, graph, state.best_params, config.sampler, config.generation_prefix_step,
-        {"digits": dataclasses.asdict(config.digits)} if config.data is None else {},
-    )  # fmt: skip
-    save_video_model(folder / "model", model, dtype=config.weights)
+    _export(config, graph, folder, state)  # again, for a run that was killed just before it
     return {
         "steps": int(state.step),
         "seconds": round(time.perf_counter() - start, 1),
@@ -256,10 +271,29 @@ def _last_metrics(folder: Path) -> dict[str, float]:
     return {name: round(x, 6) for name, x in json.loads(lines[-1]).items() if name != "step"}
 
 
-def _samples(
+def _export(config: VideoConfig, graph: nnx.GraphDef[Any], folder: Path, state: TrainState) -> None:
+    data = {"digits": dataclasses.asdict(config.digits)} if config.data is None else {}
+    level = config.generation_prefix_step
+    model = VideoModel(config.model, graph, state.best_params, config.sampler, level, data)
+    save_video_model(folder / "model", model, dtype=config.weights)
+
+
+def _exporter(
     config: VideoConfig, graph: nnx.GraphDef[Any], folder: Path
-) -> Callable[[TrainState], None] | None:
-    """Writes what the averaged parameters make of clips that training does not see."""
+) -> Callable[[TrainState], None]:
+    """Writes `folder`/model at every checkpoint, and samples of it."""
+    samples = _samples(config, graph, folder / "samples")
+
+    def write(state: TrainState) -> None:
+        _export(config, graph, folder, state)
+        if samples is not None:
+            samples.write(state.best_params, int(state.step))
+
+    return write
+
+
+def _samples(config: VideoConfig, graph: nnx.GraphDef[Any], folder: Path) -> SampleGrid | None:
+    """What continues clips that training does not see; None where no samples are wanted."""
     clips, decode = open_clips(config, config.eval_seed, "test"), lambda x: x
     if config.model.text_dim or not config.samples:
         return None
@@ -270,11 +304,10 @@ def _samples(
         decode = functools.partial(jax.jit(lambda p, x: nnx.merge(vae_graph, p).decode(x)), vae)
     first = np.stack([clips.clip(i, 1).video for i in range(config.samples)])
     first = to_unit(first) if first.dtype == np.uint8 else first
-    samples = SampleGrid(
+    return SampleGrid(
         graph=graph, first=first, frames=config.frames, folder=folder, decode=decode,
         options=Rollout(sampler=config.sampler, prefix_step=config.generation_prefix_step),
     )  # fmt: skip
-    return lambda state: samples.write(state.best_params, int(state.step))
 
 
 def main(argv: list[str] | None = None) -> int:

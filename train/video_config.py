@@ -20,7 +20,7 @@ class VideoConfig:
     """A training run of `kvjax train video`.
 
     A clip has up to `model.max_prefix + model.chunk` frames: a clean prefix of 1, 1 + chunk,
-    1 + 2 chunk, ... frames, drawn anew for each batch, and one chunk that is to be denoised.
+    1 + 2 chunk, ... frames, whose length is drawn, and one chunk that is to be denoised.
 
     Attributes:
         model: sizes of the video transformer.
@@ -29,6 +29,9 @@ class VideoConfig:
         data: a folder of videos (GIF, mp4, ...) or of latents (.npz of
             `python -m kvjax.train.video_latents`); None: moving digits.
         autoencoder: a diffusers folder that decodes samples, where the data are latents.
+        prefix_per_row: whether every clip of a batch draws its own prefix. All clips then have the
+            longest one's frames, and one program does for all; otherwise a batch has one prefix
+            and no frames to spare, but each length is compiled.
         every: of a video only every so many frames are taken.
         digits: how the digits move.
         prediction: what the model predicts: "eps", "x0" or "v".
@@ -40,8 +43,10 @@ class VideoConfig:
             when the table is full.
         text_dropout: how often a clip's text is replaced by none, for guidance.
         learning_rate: the highest; after the warm-up a cosine takes it to 1 % of that.
+        adam_share: what Adam, which trains all but the matrices, takes of the learning rate. The
+            gates of a block scale attentions that no norm bounds, so they must not run ahead.
         warmup_steps: in which the learning rate rises from 0.
-        adam_b2: of Adam, which trains all but the matrices.
+        adam_b2: of Adam.
         step: how a step computes: type, parts, clipping, average.
         remat: what layers compute again in the backward pass, see `layer_remat`.
         machine: what of the machine is used.
@@ -59,6 +64,7 @@ class VideoConfig:
     batch_size: int
     data: Path | None = None
     autoencoder: Path | None = None
+    prefix_per_row: bool = False
     every: int = 1
     digits: MovingDigits = dataclasses.field(default_factory=MovingDigits)
     prediction: str = "v"
@@ -68,6 +74,7 @@ class VideoConfig:
     text_dropout: float = 0.1
     learning_rate: float = 2e-3
     warmup_steps: int = 100
+    adam_share: float = 0.25
     adam_b2: float = 0.98
     step: StepOptions = dataclasses.field(
         default_factory=lambda: StepOptions(clip_norm=1.0, ema_decay=0.999)

@@ -31,8 +31,12 @@ CLIP_FRAMES = 16
 """Frames that the features are computed from."""
 
 
-def _conv(inputs: int, outputs: int, size: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Conv:
-    return nnx.Conv(inputs, outputs, size, padding="SAME", precision="highest", rngs=rngs)
+def _conv(
+    inputs: int, outputs: int, size: tuple[int, ...], rngs: nnx.Rngs, strides: int = 1
+) -> nnx.Conv:
+    return nnx.Conv(
+        inputs, outputs, size, strides=strides, padding="SAME", precision="highest", rngs=rngs
+    )
 
 
 def _pool(x: Array, *window: int) -> Array:
@@ -63,7 +67,7 @@ class ClipFeatures(nnx.Module):
     def __init__(self, width: int = 24, features: int = 64, *, rngs: nnx.Rngs) -> None:
         sizes = (1, width, 2 * width, 4 * width)
         self.convs: nnx.List = nnx.List(
-            [_conv(i, o, (3, 3, 3), rngs) for i, o in itertools.pairwise(sizes)]
+            [_conv(i, o, (3, 3, 3), rngs, strides=2) for i, o in itertools.pairwise(sizes)]
         )
         flat = 2 * 4 * 4 * sizes[-1]
         self.features: nnx.Linear = nnx.Linear(flat, features, precision="highest", rngs=rngs)
@@ -72,7 +76,7 @@ class ClipFeatures(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """The features."""
         for conv in self.convs:
-            x = _pool(jax.nn.relu(conv(x)), 2, 2, 2)
+            x = jax.nn.relu(conv(x))
         return self.features(x.reshape(x.shape[0], -1))
 
     def digits_and_motion(self, x: Array) -> tuple[Array, Array]:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.pallas_kernels.devices import default_device
+from kvjax.pallas_kernels.frame_attention.reference import dtype_product
 
 __all__ = ["place_attention"]
 
@@ -25,18 +26,24 @@ def place_attention(
     Returns:
         [B, Q, H, D] in q's dtype.
     """
-    full = None if mask is None else mask[:, None, None, :]
-    if (implementation or _best(q, mask)) == "cudnn":
+    if (implementation or _best(q, k, mask)) == "cudnn":
         with jax.numpy_dtype_promotion("standard"):  # jax.nn mixes dtypes there
             return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    wide = [x.astype(jnp.float32) for x in (q, k, v)]
-    # float32 in, float32 through: on accelerators the default would shorten the products.
-    with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default"):
-        out = jax.nn.dot_product_attention(*wide, mask=full, implementation="xla")
-    return out.astype(q.dtype)
+    product = dtype_product(q.dtype)
+    scores = product("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return product("bhqk,bkhd->bqhd", weights, v).astype(q.dtype)
 
 
-def _best(q: Array, mask: Array | None) -> str:
-    """CuDNN's flash attention where it takes the heads, which have a multiple of 8 channels."""
+def _best(q: Array, k: Array, mask: Array | None) -> str:
+    """CuDNN's flash attention where it takes the heads, which have a multiple of 8 channels.
+
+    And where the keys fill its tiles of 128: at 64 more than that its gradient is NaN as soon as a
+    query's scores are all below -88 (pytorch/pytorch issue 196678; a training run on an H200 ended
+    with such a gradient).
+    """
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    fits = fits and k.shape[1] % 128 == 0
     return "cudnn" if fits and mask is None and default_device().platform == "gpu" else "xla"

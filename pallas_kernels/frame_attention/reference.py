@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-__all__ = ["frame_attention_reference"]
+__all__ = ["dtype_product", "frame_attention_reference"]
 
 Array = jax.Array
 
@@ -19,7 +19,7 @@ def frame_attention_reference(
     length: Array | int, mask: Array, scale: float,
 ) -> Array:  # fmt: skip
     """See `api.frame_attention`."""
-    product = _product(q.dtype)
+    product = dtype_product(q.dtype)
     own = product("bshid,bshjd->bshij", q, k) * scale
     own = jnp.where(mask[:, None, None], own, -jnp.inf)
     if ring_k is None or ring_v is None:
@@ -41,7 +41,8 @@ def frame_attention_reference(
     return (out / total).astype(q.dtype)
 
 
-def _product(dtype: jnp.dtype) -> functools.partial:
+def dtype_product(dtype: jnp.dtype) -> functools.partial:
+    """An `einsum` whose sums are float32, and whose products are those of the dtype."""
     # float32 means float32, on accelerators too, where the default is a shorter product.
     precision = "highest" if dtype == jnp.float32 else None
     return functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
