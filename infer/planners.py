@@ -3,7 +3,8 @@
 from typing import cast, get_args
 
 from kvjax.cache import PageLedger
-from kvjax.plan import FirstCome, Grid, Method, SortedCome, TokenBatches
+from kvjax.plan import FirstCome, Grid, SortedCome, TokenBatches
+from kvjax.plan.prefix_groups import Method
 
 __all__ = ["PLANNED", "POLICIES", "make_planner"]
 

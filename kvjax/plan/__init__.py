@@ -2,7 +2,7 @@
 
 from kvjax.plan.first_come import FirstCome, Planned, Request, Sampled, Seat
 from kvjax.plan.group_order import Work, deal_groups
-from kvjax.plan.prefix_groups import Method, PrefixGroup, PrefixPlan, plan_prefixes
+from kvjax.plan.prefix_groups import PrefixGroup, PrefixPlan, plan_prefixes
 from kvjax.plan.sorted_come import SortedCome
 from kvjax.plan.step import Bucket, Grid, StepPlan
 from kvjax.plan.token_batches import TokenBatches
@@ -11,7 +11,6 @@ __all__ = [
     "Bucket",
     "FirstCome",
     "Grid",
-    "Method",
     "Planned",
     "PrefixGroup",
     "PrefixPlan",
