@@ -155,7 +155,10 @@ def make_batches(
     config: PRMConfig, tokenizer: Tokenizer, drawn: Drawn, round_: int
 ) -> Callable[[int], Batch]:
     """The batch of each step of a round by its number."""
-    encoder, reward = ChatEncoder(tokenizer), letter_reward(config, tokenizer)
+    # A copy: processes that make batches are sent it, and a template that was used cannot be.
+    tokenizer = dataclasses.replace(tokenizer)
+    encoder = ChatEncoder(tokenizer)
+    reward = letter_reward(config, tokenizer)
     length, asks, answers = config.length, config.asks, PLAYS.answer_tokens
     plays, rows = config.model_plays, config.batch_size
 
