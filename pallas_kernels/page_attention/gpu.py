@@ -17,7 +17,7 @@ Array = jax.Array
 
 # Of an H100 SXM or an H200; a thread block takes a whole multiprocessor.
 _MULTIPROCESSORS = 132
-_DIMS = (64, 128)
+_DIMS = (64, 80, 96, 128, 256)
 _PAGE_SIZES = (8, 16, 32, 64, 128)
 
 
@@ -85,16 +85,18 @@ def page_attention_gpu(
     windowed = window is not None
     layer = layer.astype(jnp.int32)[None]
     reach = jnp.zeros(1, jnp.int32) if window is None else window.astype(jnp.int32)[None]
-    for units in plan.classes:
-        sizes = Sizes(
+    sizes = tuple(
+        Sizes(
             shape=units.shape, heads=h, dim=d, page_size=size, layers_per_page=r,
             heads_per_page=c, head_groups=work.pages.shape[1], scale=scale, soft_cap=soft_cap,
-            windowed=windowed, blocks=_MULTIPROCESSORS,
-        )  # fmt: skip
-        attend_units(
-            sizes, layer, reach, units.count[None], q, k, v, work.pages, units.units,
-            work.query_position, units.slot, out, lse, part, part_lse,
-        )  # fmt: skip
+            windowed=windowed, blocks=_MULTIPROCESSORS, backwards=i % 2 == 1,
+        )
+        for i, units in enumerate(plan.classes)
+    )  # fmt: skip
+    attend_units(
+        sizes, layer, reach, q, k, v, work.pages, work.query_position, plan.classes, out, lse, part,
+        part_lse,
+    )  # fmt: skip
     merge_partials(
         plan.merge, plan.num_merges[None], out, lse, part, part_lse, blocks=_MULTIPROCESSORS
     )

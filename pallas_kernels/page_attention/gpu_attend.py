@@ -1,9 +1,12 @@
 """The attention kernel for Hopper: persistent thread blocks that walk over a plan's units.
 
-A thread block is a producer warpgroup, which copies pages into a ring in shared memory, and one
-or two consumers, which multiply. Scores and weights never leave the consumers' registers. Queries
-lie in shared memory: where they were held in registers, the assembler of CUDA 13.0 gave queries
-and weights the same ones if both had the same size, as if queries were not needed again.
+A thread block is one or two consumer warpgroups, which multiply, and a producer, which copies
+pages into a ring in shared memory. Scores and weights never leave the consumers' registers.
+Queries lie in shared memory: where they were held in registers, the assembler of CUDA 13.0 gave
+queries and weights the same ones if both had the same size, as if queries were not needed again.
+
+All classes of items are in one launch. Half of the thread blocks take them in the opposite order,
+so that those that wait for the memory run beside those that multiply.
 """
 
 from typing import Any
@@ -11,87 +14,136 @@ from typing import Any
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 from jax import lax
 
 from kvjax.pallas_kernels.page_attention.gpu_consume import consume
-from kvjax.pallas_kernels.page_attention.gpu_plan import BLOCK, Mode
+from kvjax.pallas_kernels.page_attention.gpu_plan import BLOCK, ClassPlan, Mode
 from kvjax.pallas_kernels.page_attention.gpu_produce import produce
-from kvjax.pallas_kernels.page_attention.gpu_task import Inputs, Ring, Sizes, share_of
+from kvjax.pallas_kernels.page_attention.gpu_task import Inputs, Ring, Sizes, i32, share_of
 
 __all__ = ["attend_units"]
 
 Array = jax.Array
 
 
-def _body(sizes: Sizes, *refs: Any) -> None:
-    inputs, ring = Inputs(*refs[:14]), Ring(*refs[14:])
-    me = lax.axis_index("warpgroup")
-    turns = share_of(sizes, inputs.count[0] * sizes.head_units)
+def _in_turn(classes: int, run: Any) -> None:
+    """Runs the classes one after the other, beginning with another one in every second block."""
+    if classes == 1:
+        return run(0)
 
-    @pl.when(me == sizes.consumers)
+    def step(i: Array, carry: None) -> None:
+        which = lax.rem(i + lax.rem(lax.axis_index("block"), i32(2)), i32(classes))
+        for number in range(classes):
+            pl.when(which == number)(lambda number=number: run(number))
+
+    lax.fori_loop(i32(0), i32(classes), step, None)
+
+
+def _producer(sizes: Sizes, inputs: Inputs, ring: Ring) -> None:
+    produce(sizes, inputs, ring, share_of(sizes, inputs.count[0] * sizes.head_units))
+    # The next class uses the same memory: everything must have been consumed.
+    for slot in range(sizes.stages):
+        plgpu.barrier_wait(ring.k_empty.at[slot])
+        plgpu.barrier_wait(ring.v_empty.at[slot])
+
+
+def _consumer(sizes: Sizes, inputs: Inputs, ring: Ring, me: Array) -> None:
+    # The ring begins empty. Where consumers share its places each must say so.
+    @pl.when((me == 0) | (sizes.shape.mode is Mode.BLOCKS))
+    def _() -> None:
+        for slot in range(sizes.stages):
+            plgpu.barrier_arrive(ring.k_empty.at[slot])
+            plgpu.barrier_arrive(ring.v_empty.at[slot])
+
+    consume(sizes, inputs, ring, share_of(sizes, inputs.count[0] * sizes.head_units), me)
+
+
+def _body(all_sizes: tuple[Sizes, ...], refs: tuple[Any, ...]) -> None:
+    """The kernel; its references are those of `attend_units`, then the memory of `_scratch`."""
+    n = len(all_sizes)
+    layer, window, q, k, v, pages, position, *rest = refs
+    per_class, (out, lse, part, part_lse, queries, *rest) = rest[: 3 * n], rest[3 * n :]
+    keys, values, *barriers = rest
+    inputs, rings = [], []
+    for i in range(n):
+        count, units, slot = per_class[3 * i : 3 * i + 3]
+        inputs.append(
+            Inputs(layer, window, count, q, k, v, pages, units, position, slot, out, lse, part,
+                   part_lse)
+        )  # fmt: skip
+        rings.append(Ring(queries, keys[i], values[i], *barriers[4 * i : 4 * i + 4]))
+    me, consumers = lax.axis_index("warpgroup"), max(s.consumers for s in all_sizes)
+
+    @pl.when(me == consumers)
     def _() -> None:
         plgpu.set_max_registers(56, action="decrease")
-        produce(sizes, inputs, ring, turns)
+        _in_turn(n, lambda i: _producer(all_sizes[i], inputs[i], rings[i]))
 
-    @pl.when(me < sizes.consumers)
+    @pl.when(me < consumers)
     def _() -> None:
         plgpu.set_max_registers(224, action="increase")
 
-        # The ring begins empty. Where consumers share its places each must say so.
-        @pl.when((me == 0) | (sizes.shape.mode is Mode.BLOCKS))
-        def _() -> None:
-            for slot in range(sizes.stages):
-                plgpu.barrier_arrive(ring.k_empty.at[slot])
-                plgpu.barrier_arrive(ring.v_empty.at[slot])
+        def run(i: int) -> None:
+            work = (all_sizes[i], inputs[i], rings[i], me)
+            pl.when(me < all_sizes[i].consumers)(lambda: _consumer(*work))
 
-        consume(sizes, inputs, ring, turns, me)
+        _in_turn(n, run)
+
+
+def _scratch(all_sizes: tuple[Sizes, ...], dtype: jnp.dtype) -> list[Any]:
+    """Queries; keys and values, of all classes in the same memory; each class's barriers."""
+    dim, swizzle = all_sizes[0].dim, all_sizes[0].swizzle
+    transforms = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
+
+    def memory(*shape: int) -> Any:
+        return plgpu.SMEM((*shape, dim), dtype, transforms=transforms)
+
+    consumers = max(sizes.consumers for sizes in all_sizes)
+    ring = [memory(sizes.stages, sizes.shape.tile) for sizes in all_sizes]
+    barriers = []
+    for sizes in all_sizes:
+        full = plgpu.Barrier(num_arrivals=sizes.copies, num_barriers=sizes.stages)
+        takers = 2 if sizes.shape.mode is Mode.BLOCKS else 1
+        empty = plgpu.Barrier(num_arrivals=takers, num_barriers=sizes.stages)
+        barriers += [full, full, empty, empty]
+    return [memory(consumers, BLOCK), plgpu.RefUnion(*ring), plgpu.RefUnion(*ring), *barriers]
 
 
 def attend_units(
-    sizes: Sizes, layer: Array, window: Array, count: Array, q: Array, k: Array, v: Array,
-    pages: Array, units: Array, position: Array, slot: Array, out: Any, lse: Any, part: Any,
+    all_sizes: tuple[Sizes, ...], layer: Array, window: Array, q: Array, k: Array, v: Array,
+    pages: Array, position: Array, classes: tuple[ClassPlan, ...], out: Any, lse: Any, part: Any,
     part_lse: Any,
 ) -> None:  # fmt: skip
-    """Attention of a class's units; writes outputs and partial results in place.
+    """Attention of all classes' units; writes outputs and partial results in place.
 
     Args:
-        sizes: static.
+        all_sizes: of each class, static.
         layer: int32[1].
         window: int32[1].
-        count: int32[1], how many units there are.
         q: [T, H, D].
         k: [N * R * C, P, D].
         v: [N * R * C, P, D].
         pages: int32[L/R, K/C, B, M].
-        units: int32[L/R, K/C, U, F].
         position: int32[T].
-        slot: int32[I * Q].
+        classes: their units.
         out: reference to [T, H * D].
         lse: reference to float32[T, H].
         part: reference to float32[E, H * D].
         part_lse: reference to float32[E, H].
     """
-    tile, dim, stages = sizes.shape.tile, sizes.dim, sizes.stages
-    transforms = (
-        plgpu.TilingTransform((8, sizes.swizzle // 2)),
-        plgpu.SwizzleTransform(sizes.swizzle),
-    )
-    queries = plgpu.SMEM((sizes.consumers, BLOCK, dim), q.dtype, transforms=transforms)
-    buffer = plgpu.SMEM((stages, tile, dim), k.dtype, transforms=transforms)
-    full = plgpu.Barrier(num_arrivals=sizes.copies, num_barriers=stages)
-    takers = 2 if sizes.shape.mode is Mode.BLOCKS else 1
-    empty = plgpu.Barrier(num_arrivals=takers, num_barriers=stages)
 
     def page_attention(*refs: Any) -> None:
-        _body(sizes, *refs)
+        _body(all_sizes, refs)
 
+    per_class = [x for c in classes for x in (c.count[None], c.units, c.slot)]
     plgpu.kernel(
         page_attention,
         out_type=(),
-        scratch_types=[queries, buffer, buffer, full, full, empty, empty],
-        grid=(sizes.blocks,),
+        scratch_types=_scratch(all_sizes, k.dtype),
+        grid=(all_sizes[0].blocks,),
         grid_names=("block",),
-        num_threads=sizes.consumers + 1,
+        num_threads=max(sizes.consumers for sizes in all_sizes) + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(layer, window, count, q, k, v, pages, units, position, slot, out, lse, part, part_lse)
+    )(layer, window, q, k, v, pages, position, *per_class, out, lse, part, part_lse)

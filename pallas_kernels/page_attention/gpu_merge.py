@@ -87,16 +87,21 @@ def merge_partials(
         total = count[0] * shares
         mine = lax.div(total - me + everyone - 1, jnp.int32(everyone))
 
-        def body(turn: Array, carry: None) -> None:
-            flat = me + turn * everyone
-            entry, share = lax.div(flat, jnp.int32(shares)), lax.rem(flat, jnp.int32(shares))
-            query, start, many = (merge[entry, i] for i in range(3))
-            _merge_heads(
-                refs[2:], query, start, many, share * size,
-                heads=heads, dim=dim, size=size, width=width,
-            )  # fmt: skip
+        def entry(turn: Array) -> tuple[Array, Array, Array]:
+            """Query, first partial result and how many; of the turn after the last one too."""
+            number = jnp.minimum(me + turn * everyone, total - 1)
+            number = lax.div(jnp.maximum(number, 0), jnp.int32(shares))
+            return merge[number, 0], merge[number, 1], merge[number, 2]
 
-        lax.fori_loop(jnp.int32(0), mine, body, None)
+        def body(turn: Array, present: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            following = entry(turn + 1)  # read while this one is merged
+            share = lax.rem(me + turn * everyone, jnp.int32(shares))
+            _merge_heads(
+                refs[2:], *present, share * size, heads=heads, dim=dim, size=size, width=width
+            )
+            return following
+
+        lax.fori_loop(jnp.int32(0), mine, body, entry(jnp.int32(0)))
 
     plgpu.kernel(
         page_attention_merge,

@@ -79,7 +79,7 @@ class Shape:
         """The shape for items of so many queries."""
         rows = max_queries * group
         if rows > BLOCK:
-            return Shape(group, Mode.BLOCKS, 128, -(-rows // (2 * BLOCK)))
+            return Shape(group, Mode.BLOCKS, 128 if dim <= 128 else 64, -(-rows // (2 * BLOCK)))
         mode = Mode.SINGLE if heads_per_page % 2 else Mode.HEADS
         return Shape(group, mode, 128 if dim <= 64 else 64, 1)
 

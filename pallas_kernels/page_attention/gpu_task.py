@@ -35,6 +35,8 @@ class Sizes:
         soft_cap: of the scores, or None.
         windowed: whether there is a sliding window.
         blocks: thread blocks, one a multiprocessor.
+        backwards: whether units are dealt from the last thread block on, so that those that got
+            one more of another class get one less of this.
     """
 
     shape: Shape
@@ -48,6 +50,7 @@ class Sizes:
     soft_cap: float | None
     windowed: bool
     blocks: int
+    backwards: bool
 
     @property
     def consumers(self) -> int:
@@ -62,8 +65,11 @@ class Sizes:
 
     @property
     def stages(self) -> int:
-        """Places in the ring: 128 KB of keys and values hide the memory's latency."""
-        return (128 * 1024) // (4 * self.shape.tile * self.dim)
+        """Places in the ring: 128 KB of keys and values hide the memory's latency.
+
+        Their number is even, so that of two heads each always has the same places.
+        """
+        return (128 * 1024) // (4 * self.shape.tile * self.dim) // 2 * 2
 
     @property
     def copies(self) -> int:
@@ -134,9 +140,14 @@ class Unit:
         return self.inputs.units[self.group, self.heads, self.number, int(field)]
 
 
+def _number(sizes: Sizes) -> Array:
+    me = lax.axis_index("block")
+    return sizes.blocks - 1 - me if sizes.backwards else me
+
+
 def share_of(sizes: Sizes, total: Array) -> Array:
     """How many of all (unit, head) pairs fall to this thread block."""
-    me, blocks = lax.axis_index("block"), i32(sizes.blocks)
+    me, blocks = _number(sizes), i32(sizes.blocks)
     turns, rest = lax.div(total, blocks), lax.rem(total, blocks)
     place = jnp.where(lax.rem(turns, i32(2)) == 0, me, blocks - 1 - me)
     return turns + jnp.where(place < rest, 1, 0)
@@ -148,7 +159,7 @@ def pick(sizes: Sizes, turn: Array) -> tuple[Array, Array]:
     Units are dealt like cards, the longest first, and in alternating direction, so that all
     thread blocks get about the same.
     """
-    me, blocks = lax.axis_index("block"), i32(sizes.blocks)
+    me, blocks = _number(sizes), i32(sizes.blocks)
     place = jnp.where(lax.rem(turn, i32(2)) == 0, me, blocks - 1 - me)
     flat = turn * blocks + place
     return lax.div(flat, i32(sizes.head_units)), lax.rem(flat, i32(sizes.head_units))
