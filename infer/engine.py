@@ -116,7 +116,7 @@ class Engine:
         self._shardings = _shardings(state, mesh)
         self.state: EngineState = jax.device_put(state, self._shardings and self._shardings[0])
         self.planner: FirstCome = make_planner(
-            plan, grid, PageLedger(num_pages), optimistic=optimistic
+            plan, grid, PageLedger(num_pages), optimistic=optimistic, grouped=True
         )
 
     @property

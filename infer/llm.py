@@ -76,6 +76,7 @@ class LLM:
         token_budget: int | None = None,
         decode_steps: int = 8,
         plan: str = "fcfs-lru",
+        grouped: bool | None = None,
         optimistic: bool = False,
         mesh: jax.sharding.Mesh | None = None,
     ) -> "LLM":
@@ -100,8 +101,11 @@ class LLM:
             decode_steps: the most tokens of a request that one call of the device draws; answers
                 are streamed in pieces of so many.
             plan: how requests are planned: "fcfs-lru" answers them in their order; "multi" plans
-                each call's prompts as one batch, whatever order that needs, and reads pages that
-                requests share once for all of them. See `kvjax.infer.planners` for others.
+                each call's prompts as one batch, whatever order that needs. See
+                `kvjax.infer.planners.make_planner` for others.
+            grouped: whether pages that requests share are read once for all of them. That is
+                faster where much is shared; the last bits of a result then depend on the company
+                it is computed in. None: only if `plan` plans batches.
             optimistic: begin requests before it is sure that memory lasts for all of them. More
                 run at a time; where memory ends, the youngest wait and compute their tokens again.
             mesh: splits weights and heads over its devices, see `kvjax.sharding`; None: the default
@@ -120,8 +124,9 @@ class LLM:
         graph, params, config = hf.load(folder, dtype=dtype, mesh=mesh)
         length = min(max_length or 8192, config.max_positions)
         grid = choose_grid(
-            length, max_rows, page_size, token_budget, decode_steps, shared=plan in PLANNED
-        )
+            length, max_rows, page_size, token_budget, decode_steps,
+            shared=plan in PLANNED if grouped is None else grouped,
+        )  # fmt: skip
         num_pages = choose_num_pages(config, grid, kv_memory)
         engine = Engine(
             graph, params, config, grid, num_pages, mesh=mesh, plan=plan, optimistic=optimistic,

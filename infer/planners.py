@@ -15,32 +15,35 @@ POLICIES: tuple[str, ...] = (*PLANNED, "sorted-lru", "fcfs-lru", "none")
 
 
 def make_planner(
-    policy: str, grid: Grid, ledger: PageLedger, *, by_ratio: bool = True, optimistic: bool = False
-) -> FirstCome:
+    policy: str, grid: Grid, ledger: PageLedger, *, by_ratio: bool = True,
+    optimistic: bool = False, grouped: bool | None = None,
+) -> FirstCome:  # fmt: skip
     """The planner of a policy.
 
     Args:
         policy: "multi", "exact", "lifting", "naive": the batch is planned, with what is shared as
             `plan_prefixes` says. "fcfs-lru": first come, first served, beginnings are found in the
             cache while they are there. "sorted-lru": the same, with the batch sorted by its tokens.
-            "none": first come, first served, nothing is shared. Only the first four read pages
-            that rows share together.
+            "none": first come, first served, nothing is shared.
         grid: the static sizes.
         ledger: the pages.
         by_ratio: of planned ones, see `TokenBatches`.
         optimistic: see `FirstCome`.
+        grouped: whether pages that rows share are read once for all of them, if the grid has work
+            items for it; None: if the batch is planned.
 
     Raises:
         ValueError: there is no such policy.
     """
     if policy not in POLICIES:
         raise ValueError(f"{policy=}: use one of {', '.join(POLICIES)}")
+    grouped = policy in PLANNED if grouped is None else grouped
     if policy in PLANNED:
         method = cast(Method, policy)
         return TokenBatches(
-            grid, ledger, method=method, by_ratio=by_ratio, optimistic=optimistic
+            grid, ledger, method=method, by_ratio=by_ratio, optimistic=optimistic, grouped=grouped
         )  # fmt: skip
     kind = SortedCome if policy == "sorted-lru" else FirstCome
-    planner = kind(grid, ledger, optimistic=optimistic, grouped=False)
+    planner = kind(grid, ledger, optimistic=optimistic, grouped=grouped)
     planner.trie.share = policy != "none"
     return planner

@@ -144,6 +144,13 @@ class FirstCome:
     """Plans calls for the requests it is given: `plan` one, run it, `accept` what it drew.
 
     Several calls may be planned before the first is accepted; they are accepted in order.
+
+    Args:
+        grid: the static sizes.
+        ledger: the pages.
+        optimistic: see above.
+        grouped: whether pages that rows share are read once for all of them, if the grid has work
+            items for it.
     """
 
     def __init__(

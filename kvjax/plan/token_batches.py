@@ -58,9 +58,9 @@ class TokenBatches(FirstCome):
 
     def __init__(
         self, grid: Grid, ledger: PageLedger, *, method: Method = "multi", by_ratio: bool = True,
-        optimistic: bool = False,
+        optimistic: bool = False, grouped: bool = True,
     ) -> None:  # fmt: skip
-        super().__init__(grid, ledger, optimistic=optimistic)
+        super().__init__(grid, ledger, optimistic=optimistic, grouped=grouped)
         self.method: Method = method
         self.by_ratio: bool = by_ratio
         self.planned_savings: int = 0

@@ -16,6 +16,7 @@ from kvjax.infer.batch_form import read_requests
 from kvjax.infer.batch_output import open_output
 from kvjax.infer.cli import main
 from kvjax.infer.commands.shared import ModelOptions
+from kvjax.infer.planners import make_planner
 from kvjax.infer.sizes import choose_grid, choose_num_pages
 from kvjax.plan import FirstCome
 
@@ -238,6 +239,30 @@ def test_all_choices_stand_in_one_line(llm, tmp_path):
     assert by_id["a"]["usage"] == {
         "prompt_tokens": 5, "completion_tokens": generated, "total_tokens": 5 + generated
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", ["multi", "sorted-lru", "none"])
+def test_a_plan_changes_the_order_and_no_answer(llm, tmp_path, policy):
+    """Everything that requests of one batch may ask for, each for itself."""
+    records = [
+        completion("greedy", prompt="a document: one"),
+        completion("drawn", prompt="a document: two", temperature=1.0, seed=7, max_tokens=9),
+        completion("three", prompt="a document: two", temperature=0.8, n=3, top_p=0.9),
+        completion("short", prompt="a document: one", max_tokens=1, logprobs=2),
+        completion("biased", prompt="a document", logit_bias={"65": 3}, presence_penalty=1.0),
+        completion("long", prompt="another", max_tokens=30, expected_tokens=5, ignore_eos=True),
+        completion("scored", prompt="a document: one", echo=True, logprobs=1, max_tokens=3),
+    ]
+    plain = {line["custom_id"]: line["response"]["body"] for line in run(llm, tmp_path, records)[1]}
+    (tmp_path / "out.jsonl").unlink()
+    llm.engine.planner = make_planner(policy, llm.engine.grid, PageLedger(128))
+    lines = run(llm, tmp_path, records)[1]
+    llm.engine.planner = FirstCome(llm.engine.grid, PageLedger(128))  # knows of no page
+    for line in lines:
+        expected = plain.pop(line["custom_id"])
+        assert line["response"]["body"]["choices"] == expected["choices"]
+        assert line["response"]["body"]["usage"] == expected["usage"]
+    assert not plain
 
 
 def test_texts_and_tokens_that_end_an_answer(llm, tmp_path):

@@ -127,6 +127,10 @@ def test_planned_rows_read_what_they_share_together(engine):
     assert spans > 10
 
 
+def test_rows_that_were_not_planned_read_together_too(engine, expected):
+    assert answer(engine, make_requests(), "fcfs-lru", grouped=True)[0] == expected
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
