@@ -15,6 +15,7 @@
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,17 +83,17 @@ def load_rollout(
         raise InputError(f"{path}: is no saved video: give what `save_rollout` wrote") from None
     like = jax.eval_shape(lambda: _empty(model, options, videos, given))
     wanted, structure = jax.tree.flatten(like)
-    fits = len(wanted) == len(leaves) and all(
-        x.dtype == y.dtype and x.ndim == y.ndim and (x.shape == y.shape or y.ndim == _HISTORY)
-        for x, y in zip(leaves, wanted, strict=False)
-    )
-    if not fits:
+    found = [_shape(leaf, options) for leaf in leaves]
+    if found != [_shape(leaf, options) for leaf in wanted]:
         raise InputError(f"{path}: is of another model or other options: load it with its own")
     state = jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in leaves])
     return dataclasses.replace(state, keys=jax.random.wrap_key_data(state.keys))
 
 
-_HISTORY = 5  # axes of a history, which may be of any length
+def _shape(leaf: Any, options: Rollout) -> tuple[Any, ...]:
+    """What has to fit. A history, the one array of 5 axes without a ring, may be of any length."""
+    history = options.method != "ca2" and leaf.ndim == 5
+    return (str(leaf.dtype), *((leaf.shape[:1] + leaf.shape[2:]) if history else leaf.shape))
 
 
 def _empty(model: SplitVideoModel, options: Rollout, videos: int, given: int) -> RolloutState:

@@ -146,12 +146,15 @@ class CachedFrames:
         ranks: int32[F] of the slots, for rotary positions; or None.
         clean: whether the frames are clean.
         partial: whether noisy frames see all of their chunk.
+        finite: whether slots that are not in use hold finite numbers, as in every ring that began
+            empty.
     """
 
     length: Array
     ranks: Array | None = None
     clean: bool = dataclasses.field(default=False, metadata={"static": True})
     partial: bool = dataclasses.field(default=False, metadata={"static": True})
+    finite: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def spatial(self, qkv: Projections, held: HeldFrames | None, own: bool) -> Array:
         """See `FrameAttend`."""
@@ -169,7 +172,9 @@ class CachedFrames:
             q, k = rotate_frames(q, new), rotate_frames(k, new)
             ring_k = rotate_frames(ring_k, self.ranks)
         see_all = jnp.ones((1, t, t), bool) if self.partial and not self.clean else None
-        out = frame_attention(q, k, v, ring_k, held.v, length=self.length, mask=see_all)
+        out = frame_attention(
+            q, k, v, ring_k, held.v, length=self.length, mask=see_all, finite=self.finite
+        )
         return by_frame(out)
 
     def keep(self, temporal: Projections, prefix: Projections | None) -> NewFrames:

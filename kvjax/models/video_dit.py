@@ -11,7 +11,7 @@ scale that training used, 0..999, outputs like the videos with `out_channels`, f
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,8 @@ from flax import nnx
 from kvjax.cache.frames import FrameRing, NewFrames, append_frames, ranks
 from kvjax.errors import InputError
 from kvjax.models.decoder import LayerParams, Linear
-from kvjax.models.video_attend import (
-    CachedFrames,
-    FrameAttend,
-    HeldFrames,
-    Projections,
-    WholeClip,
-    held_frames,
-    inside_frames,
-)
+from kvjax.models.video_attend import CachedFrames, HeldFrames, WholeClip, held_frames
+from kvjax.models.video_block import Start, Text, VideoBlock, modulate, zeroed
 from kvjax.models.video_config import VIDEO_DIT_SIZES, VideoDiTConfig
 from kvjax.models.video_positions import (
     cyclic_rows,
@@ -36,25 +29,12 @@ from kvjax.models.video_positions import (
     place_table,
     timestep_features,
 )
-from kvjax.pallas_kernels.frame_attention import place_attention
 
 __all__ = ["VIDEO_DIT_SIZES", "Text", "VideoDiT", "VideoDiTConfig", "clip_mask"]
 
 Array = jax.Array
 Weight = nnx.Param[Array]
 _TIME_FEATURES = 256
-
-
-class Text(NamedTuple):
-    """What a video is to show, as a text encoder says it.
-
-    Attributes:
-        embed: [B, N, text_dim].
-        mask: bool[B, N], which tokens are there.
-    """
-
-    embed: Array
-    mask: Array
 
 
 def clip_mask(config: VideoDiTConfig, frames: int, prefix: Array | None = None) -> Array:
@@ -74,155 +54,10 @@ def clip_mask(config: VideoDiTConfig, frames: int, prefix: Array | None = None) 
     return causal | noisy[:, :, None]
 
 
-def layer_norm(x: Array) -> Array:
-    """Without weights, over the last axis, in float32 and back."""
-    wide = x.astype(jnp.float32)
-    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
-    return wide.astype(x.dtype)
-
-
-def modulate(x: Array, shift: Array, scale: Array) -> Array:
-    """The norm of [B, T, S, E], moved by what a frame's timestep says, [B, T or 1, 1, E]."""
-    return layer_norm(x) * (1 + scale) + shift
-
-
-def _zero(linear: Linear) -> Linear:
-    """The layer starts as nothing: a block as the identity."""
-    linear.kernel = nnx.Param(jnp.zeros_like(linear.kernel[...]))
-    return linear
-
-
 def _null_text(config: VideoDiTConfig, rngs: nnx.Rngs) -> Array:
     shape = (config.text_tokens, config.text_dim)
     null = jax.random.normal(rngs.params(), shape, jnp.float32) * config.text_dim**-0.5
     return null.astype(config.dtype)
-
-
-class SelfAttention(nnx.Module):
-    """Projections before and after an attention."""
-
-    def __init__(self, config: VideoDiTConfig, *, zero: bool = False, rngs: nnx.Rngs) -> None:
-        e, h, d, dtype = config.embed_dim, config.num_heads, config.head_dim, config.dtype
-        self.qkv: Linear = Linear((e,), (3, h, d), True, dtype, rngs=rngs)
-        out = Linear((h, d), (e,), True, dtype, rngs=rngs)
-        self.out: Linear = _zero(out) if zero else out
-
-    def project(self, x: Array) -> Projections:
-        """Queries, keys and values [B, T, S, H, D] of [B, T, S, E]."""
-        qkv = self.qkv(x)
-        return qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
-
-    def queries(self, x: Array) -> Projections:
-        """Queries alone, for an attention whose keys and values are all cached."""
-        bias = self.qkv.bias
-        assert bias is not None
-        precision = "highest" if x.dtype == jnp.float32 else None
-        q = jnp.einsum("btse,ehd->btshd", x, self.qkv.kernel[...][:, 0], precision=precision)
-        q = q + bias[...][0][None, None, None]
-        return q, q, q
-
-
-class TextAttention(nnx.Module):
-    """Attention of all tokens to a text."""
-
-    def __init__(self, config: VideoDiTConfig, *, rngs: nnx.Rngs) -> None:
-        e, h, d, dtype = config.embed_dim, config.num_heads, config.head_dim, config.dtype
-        self.q: Linear = Linear((e,), (h, d), True, dtype, rngs=rngs)
-        self.kv: Linear = Linear((e,), (2, h, d), True, dtype, rngs=rngs)
-        self.out: Linear = _zero(Linear((h, d), (e,), True, dtype, rngs=rngs))
-
-    def __call__(self, x: Array, text: Text) -> Array:
-        """What [B, T, S, E] takes from a projected text [B, N, E]."""
-        q, kv = self.q(x), self.kv(text.embed)
-        flat = q.reshape(q.shape[0], -1, *q.shape[3:])
-        out = place_attention(flat, kv[:, :, 0], kv[:, :, 1], mask=text.mask)
-        return self.out(out.reshape(q.shape))
-
-
-class Start(nnx.Module):
-    """What the first layer's temporal attention gets besides: positions, and who is clean."""
-
-    def __init__(self, config: VideoDiTConfig, *, rngs: nnx.Rngs) -> None:
-        e, dtype = config.embed_dim, config.dtype
-        merge = Linear((e + 1,), (e,), True, dtype, rngs=rngs)
-        merge.kernel = nnx.Param(jnp.eye(e + 1, e, dtype=dtype))  # starts as the identity
-        self.merge: Linear | None = merge if config.mask_channel else None
-
-    def __call__(self, x: Array, positions: Array | None, clean: Array) -> Array:
-        """Adds positions [B or 1, T, 1, E] and merges in the channel `clean` [B or 1, T, 1, 1]."""
-        if positions is not None:
-            x = x + positions
-        if self.merge is None:
-            return x
-        channel = jnp.broadcast_to(clean, (*x.shape[:-1], 1))
-        return self.merge(jnp.concatenate([x, channel], axis=-1))
-
-
-class VideoBlock(nnx.Module):
-    """One layer: in space, to the clean frames, in time, to the text, and an MLP."""
-
-    def __init__(self, config: VideoDiTConfig, *, rngs: nnx.Rngs) -> None:
-        e, dtype = config.embed_dim, config.dtype
-        self.config = config
-        self.spatial: SelfAttention = SelfAttention(config, rngs=rngs)
-        code = config.prefix_attention == "code"
-        self.prefix: SelfAttention | None = (
-            SelfAttention(config, zero=True, rngs=rngs) if code else None
-        )
-        self.temporal: SelfAttention = SelfAttention(config, zero=True, rngs=rngs)
-        self.text: TextAttention | None = (
-            TextAttention(config, rngs=rngs) if config.text_dim else None
-        )
-        self.up: Linear = Linear((e,), (config.mlp_ratio * e,), True, dtype, rngs=rngs)
-        self.down: Linear = Linear((config.mlp_ratio * e,), (e,), True, dtype, rngs=rngs)
-        table = jax.random.normal(rngs.params(), (6, e), jnp.float32) * e**-0.5
-        self.table: Weight = nnx.Param(table.astype(dtype))
-
-    def __call__(
-        self,
-        x: Array,
-        modulation: Array,
-        attend: FrameAttend,
-        held: HeldFrames | None,
-        text: Text | None,
-        start: Callable[[Array], Array],
-        *,
-        ends: bool = False,
-    ) -> tuple[Array, Projections, Projections | None]:
-        """Runs the layer.
-
-        Args:
-            x: [B, T, S, E].
-            modulation: [B, T or 1, 6, E], from the timesteps.
-            attend: the attentions.
-            held: of this layer, or None without a cache.
-            text: projected, or None.
-            start: what the temporal attention's input goes through.
-            ends: stop where nothing more would be written into a cache.
-
-        Returns:
-            x, and the projections of the temporal and of the prefix attention.
-        """
-        rows = modulation + self.table[...][None, None]
-        shift1, scale1, gate1, shift2, scale2, gate2 = (rows[:, :, None, i] for i in range(6))
-        qkv = self.spatial.project(modulate(x, shift1, scale1))
-        prefix = qkv if self.config.prefix_attention == "paper" else None
-        out = inside_frames(*qkv) if prefix is None else attend.spatial(qkv, held, True)
-        x = x + gate1 * self.spatial.out(out)
-        if self.prefix is not None:
-            # A noisy frame of this variant sees no key of its own.
-            cached = held is not None and not attend.clean
-            prefix = self.prefix.queries(x) if cached else self.prefix.project(x)
-            x = x + gate1 * self.prefix.out(attend.spatial(prefix, held, False))
-        temporal = self.temporal.project(start(x))
-        if ends:
-            return x, temporal, prefix
-        x = x + gate1 * self.temporal.out(attend.temporal(temporal, held))
-        if self.text is not None and text is not None:
-            x = x + self.text(x, text)
-        hidden = jax.nn.gelu(self.up(modulate(x, shift2, scale2)), approximate=True)
-        return x + gate2 * self.down(hidden), temporal, prefix
 
 
 class VideoDiT(nnx.Module):
@@ -253,7 +88,7 @@ class VideoDiT(nnx.Module):
         self.blocks: VideoBlock = stack(rngs)
         table = jax.random.normal(rngs.params(), (2, e), jnp.float32) * e**-0.5
         self.final_table: Weight = nnx.Param(table.astype(dtype))
-        self.final: Linear = _zero(Linear((e,), (*patch, c.out_channels), True, dtype, rngs=rngs))
+        self.final: Linear = zeroed(Linear((e,), (*patch, c.out_channels), True, dtype, rngs=rngs))
         texts, size = bool(c.text_dim), (c.text_dim,)
         self.text_up: Linear | None = Linear(size, (e,), True, dtype, rngs=rngs) if texts else None
         self.text_down: Linear | None = (
@@ -338,6 +173,7 @@ class VideoDiT(nnx.Module):
         ring: FrameRing,
         text: Text | None = None,
         layers: LayerParams | None = None,
+        finite: bool = False,
     ) -> Array:
         """One denoising call of the chunk that comes after the cached frames.
 
@@ -347,11 +183,13 @@ class VideoDiT(nnx.Module):
             ring: it is read only.
             text: of each row.
             layers: parameters of each layer from `split_layers`.
+            finite: whether slots that are not in use hold finite numbers, as in every ring that
+                began empty; it saves a pass over the values.
 
         Returns:
             float32[B, T, height, width, out_channels].
         """
-        out, _ = self._cached(x, t, ring, text, layers, clean=False)
+        out, _ = self._cached(x, t, ring, text, layers, clean=False, finite=finite)
         assert out is not None
         return out
 
@@ -376,15 +214,15 @@ class VideoDiT(nnx.Module):
 
     def _cached(
         self, x: Array, t: Array, ring: FrameRing, text: Text | None, layers: LayerParams | None,
-        *, clean: bool,
+        *, clean: bool, finite: bool = False,
     ) -> tuple[Array | None, tuple[NewFrames, ...]]:  # fmt: skip
         """The output of noisy frames, or of clean ones what is to be written."""
-        self._check(x, ring)
+        self._check(x, ring, clean)
         config = self.config
         rotary, frames = config.positions == "rope", x.shape[1]
         attend = CachedFrames(
             length=ring.length, ranks=ranks(ring) if rotary else None, clean=clean,
-            partial=config.temporal == "partial",
+            partial=config.temporal == "partial", finite=finite,
         )  # fmt: skip
         tokens, time, modulation, text = self._enter(x, t, text)
         number = ring.next_frame + jnp.arange(frames, dtype=jnp.int32)
@@ -414,18 +252,18 @@ class VideoDiT(nnx.Module):
             new.append(kept)
         return (None if clean else self._leave(tokens, time)), tuple(new)
 
-    def _check(self, x: Array, ring: FrameRing) -> None:
+    def _check(self, x: Array, ring: FrameRing, clean: bool) -> None:
         config = self.config
         if config.temporal == "full":
             raise InputError(
                 "a model whose frames see later ones cannot use a cache: use temporal='causal', or "
                 "one of the methods that recompute"
             )
-        if config.positions == "cyclic" and ring.capacity + x.shape[1] > config.table:
+        longest = x.shape[1] + (0 if clean else ring.capacity)
+        if config.positions == "cyclic" and longest > config.table:
             raise InputError(
-                f"a ring of {ring.capacity} frames and {x.shape[1]} new ones need "
-                f"{ring.capacity + x.shape[1]} positions, and the model has {config.table}: make "
-                "the ring smaller"
+                f"{x.shape[1]} new frames and a ring of {ring.capacity} need more positions than "
+                f"the {config.table} of the model: make the ring smaller, or give fewer frames"
             )
         if ring.sink_frames != config.sink_frames:
             raise InputError(

@@ -239,7 +239,7 @@ def _next_cached(
     module = model.merge()
 
     def call(x: Array, t: Array) -> Array:
-        return module.denoise(x, t, ring, text, layers=model.layers)
+        return module.denoise(x, t, ring, text, layers=model.layers, finite=True)
 
     chunk = _sample(call, _of_chunk(keys, number), model.config, options)
     clean = jnp.concatenate([_lightly(chunk, keys, number + 1, options)] * options.copies)

@@ -20,6 +20,7 @@ def frame_attention(
     length: Array | int = 0,
     mask: Array | None = None,
     scale: float | None = None,
+    finite: bool = False,
     implementation: str | None = None,
 ) -> Array:
     """Attention of new frames to cached frames and to each other, at every place by itself.
@@ -39,6 +40,8 @@ def frame_attention(
         mask: bool[B or 1, T, T], which new frame (last axis) each new frame sees; None: the causal
             one, itself and those before it.
         scale: of the scores; None: D ** -0.5.
+        finite: the caller knows that unused slots of ring_v hold finite numbers, such as the zeros
+            of an empty ring; this saves a pass over the values.
         implementation: "reference", or None for the best that the default device can run.
 
     Returns:
@@ -66,4 +69,4 @@ def frame_attention(
     if implementation not in (None, "reference"):
         raise NotImplementedError(f"frame_attention has no {implementation=}")
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    return frame_attention_reference(q, k, v, ring_k, ring_v, length, mask, scale)
+    return frame_attention_reference(q, k, v, ring_k, ring_v, length, mask, scale, finite)

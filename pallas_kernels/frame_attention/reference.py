@@ -16,29 +16,30 @@ Array = jax.Array
 
 def frame_attention_reference(
     q: Array, k: Array, v: Array, ring_k: Array | None, ring_v: Array | None,
-    length: Array | int, mask: Array, scale: float,
+    length: Array | int, mask: Array, scale: float, finite: bool,
 ) -> Array:  # fmt: skip
     """See `api.frame_attention`."""
-    product = dtype_product(q.dtype)
-    own = product("bshid,bshjd->bshij", q, k) * scale
-    own = jnp.where(mask[:, None, None], own, -jnp.inf)
+    scores, values = (
+        functools.partial(dtype_product(q.dtype), how)
+        for how in ("bshid,bshjd->bshij", "bshij,bshjd->bshid")
+    )
     if ring_k is None or ring_v is None:
-        weights = jax.nn.softmax(own, axis=-1).astype(v.dtype)
-        return product("bshij,bshjd->bshid", weights, v).astype(q.dtype)
+        own = jnp.where(mask[:, None, None], scores(q, k) * scale, -jnp.inf)
+        return values(jax.nn.softmax(own, axis=-1).astype(v.dtype), v).astype(q.dtype)
 
-    used = jnp.arange(ring_k.shape[3]) < length
-    past = product("bshid,bshjd->bshij", q, ring_k) * scale
-    past = jnp.where(used[None, None, None, None], past, -jnp.inf)
-    # The softmax does not depend on what is subtracted, so no gradient has to flow through it.
-    top = jnp.maximum(jnp.max(past, -1, keepdims=True), jnp.max(own, -1, keepdims=True))
-    top = jax.lax.stop_gradient(top)
-    past, own = jnp.exp(past - top), jnp.exp(own - top)
-    total = jnp.sum(past, -1, keepdims=True) + jnp.sum(own, -1, keepdims=True)
+    frames = ring_k.shape[3]
+    used = jnp.arange(frames) < length
+    past = jnp.where(used[None, None, None, None], scores(q, ring_k), -jnp.inf)
+    # Two products with the same queries XLA would make one: it would put all keys in one array, and
+    # copy the ring for it in every call.
+    own = scores(jax.lax.optimization_barrier(q), k)
+    own = jnp.where(mask[:, None, None], own, -jnp.inf)
+    weights = jax.nn.softmax(jnp.concatenate([past, own], axis=-1) * scale, axis=-1).astype(v.dtype)
     # Unused slots may hold NaN: a weight of 0 is not enough, since 0 * NaN is NaN.
-    held = jnp.where(used[None, None, None, :, None], ring_v, jnp.zeros((), ring_v.dtype))
-    out = product("bshij,bshjd->bshid", past.astype(v.dtype), held)
-    out = out + product("bshij,bshjd->bshid", own.astype(v.dtype), v)
-    return (out / total).astype(q.dtype)
+    zero = jnp.zeros((), ring_v.dtype)
+    held = ring_v if finite else jnp.where(used[None, None, None, :, None], ring_v, zero)
+    out = values(weights[..., :frames], held) + values(weights[..., frames:], v)
+    return out.astype(q.dtype)
 
 
 def dtype_product(dtype: jnp.dtype) -> functools.partial:
