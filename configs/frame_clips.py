@@ -6,11 +6,10 @@ On digits that training has not seen: expected accuracy above 0.9, of ten yes or
 """
 
 from kvjax.train.frame_features import FrameFeaturesConfig
-from kvjax.train.lm_config import Machine
 
 config: FrameFeaturesConfig = FrameFeaturesConfig(
     network="clips",
-    steps=3000,
-    batch_size=256,
-    machine=Machine(workers=14),
+    steps=1000,
+    batch_size=64,
+    save_every=100,
 )

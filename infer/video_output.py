@@ -13,7 +13,15 @@ from flax import nnx
 from kvjax.errors import InputError
 from kvjax.models.autoencoder import load_autoencoder
 from kvjax.models.video_config import VideoDiTConfig
-from kvjax.video_files import SUFFIXES, fit_frames, read_image, to_bytes, to_unit, write_video
+from kvjax.video_files import (
+    SUFFIXES,
+    fit_frames,
+    read_image,
+    to_bytes,
+    to_grey,
+    to_unit,
+    write_video,
+)
 
 __all__ = ["FrameCodec", "VideoOutput", "open_codec"]
 
@@ -42,8 +50,7 @@ class FrameCodec:
         """A picture, or the first frame of a video, scaled and cut to fit: float32[1, h, w, D]."""
         frames = fit_frames(read_image(path)[None], self.height, self.width)
         if self.channels == 1:
-            grey = frames.astype(np.float32) @ np.float32([0.299, 0.587, 0.114])
-            frames = np.rint(grey).astype(np.uint8)[..., None]
+            frames = to_grey(frames)
         return self.to_model(frames)
 
     def to_model(self, frames: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from kvjax.errors import InputError
 
 __all__ = [
     "SUFFIXES", "count_frames", "fit_frames", "read_frames", "read_image", "tile_videos",
-    "to_bytes", "to_unit", "write_video",
+    "to_bytes", "to_grey", "to_unit", "write_video",
 ]  # fmt: skip
 
 SUFFIXES = (".gif", ".mp4", ".webm", ".mov", ".mkv", ".avi")
@@ -93,6 +93,12 @@ def to_unit(frames: Any) -> Any:
 def to_bytes(frames: np.ndarray) -> np.ndarray:
     """Pixels from -1 to 1 as uint8."""
     return np.rint((np.clip(frames, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def to_grey(frames: np.ndarray) -> np.ndarray:
+    """How bright colours look: uint8[..., 3] as uint8[..., 1]."""
+    red, green, blue = (frames[..., i].astype(np.float32) for i in range(3))
+    return np.rint(0.299 * red + 0.587 * green + 0.114 * blue).astype(np.uint8)[..., None]
 
 
 def tile_videos(videos: np.ndarray, columns: int = 4) -> np.ndarray:

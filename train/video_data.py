@@ -14,7 +14,7 @@ import numpy as np
 from kvjax.errors import InputError
 from kvjax.models.video_config import VideoDiTConfig
 from kvjax.moving_digits import DigitImages, MovingDigits, load_digit_images
-from kvjax.video_files import SUFFIXES, count_frames, fit_frames, read_frames
+from kvjax.video_files import SUFFIXES, count_frames, fit_frames, read_frames, to_grey
 
 __all__ = ["Clip", "Clips", "DigitClips", "LatentFolder", "VideoFolder", "open_folder"]
 
@@ -94,8 +94,7 @@ class VideoFolder(_Folder):
         video = read_frames(path, first, (frames - 1) * self.every + 1)[:: self.every]
         video = fit_frames(video, self.model.height, self.model.width)
         if self.model.channels == 1:
-            grey = video.astype(np.float32) @ np.float32([0.299, 0.587, 0.114])
-            video = np.rint(grey).astype(np.uint8)[..., None]
+            video = to_grey(video)
         return Clip(video)
 
 
@@ -163,7 +162,7 @@ def open_folder(
 def _latent_frames(path: Path, model: VideoDiTConfig) -> int:
     wanted = (model.height, model.width, model.channels)
     with np.load(path) as file:
-        shape = file["mean"].shape if "mean" in file else ()
+        shape: tuple[int, ...] = file["mean"].shape if "mean" in file else (0,)
     if shape[1:] != wanted:
         raise InputError(f"{path}: `mean` is {list(shape)}, and the model wants [T, *{wanted}]")
     return shape[0]
