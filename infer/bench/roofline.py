@@ -91,7 +91,7 @@ def perfect_seconds(
     draws = np.array([request.max_tokens for request in requests])
     end = prompt + draws - 1  # the last token drawn is not computed
     pairs += float(np.sum(end * (end + 1) - shared * (shared + 1)) / 2)
-    kv += float(np.sum((draws - 1) * ((prompt + end) / 2 - shared)))
+    kv += float(np.sum((draws - 1) * ((prompt + 1 + end) / 2 - shared)))
     tokens = int(np.sum(prompt) - plan.saved + np.sum(draws - 1))
     usage = _usage(model, tokens, int(draws.sum()), pairs, kv)
     return usage.seconds(rates) + tokens / budget * _weight_bytes(model) / rates.bytes
