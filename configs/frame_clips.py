@@ -9,7 +9,7 @@ from kvjax.train.frame_features import FrameFeaturesConfig
 
 config: FrameFeaturesConfig = FrameFeaturesConfig(
     network="clips",
-    steps=1000,
-    batch_size=64,
+    steps=1500,
+    batch_size=128,
     save_every=100,
 )
