@@ -14,7 +14,7 @@ suite: Suite = Suite(
     tasks=tuple(TASKS),
     lengths=(1024,),
     prompts=8,
-    policies=("full", "windowkv-paper", "windowkv", "snapkv", "streaming", "random-tokens"),
+    policies=("full", "windowkv-paper", "windowkv-tiny", "snapkv", "streaming", "random-tokens"),
     budgets=("1/4", "12%"),
     rows=8,
 )

@@ -55,7 +55,7 @@ def sample(
 
 def calibrate_shares(
     graph: nnx.GraphDef[Any], sizes: Sizes, params: Any, samples: Sequence[Sample],
-    policy: WindowKV, ratios: Sequence[float], *, rounds: int = 3,
+    policy: WindowKV, ratios: Sequence[float], *, steps: Sequence[float] = (8.0, 3.0, 8.0, 1.6),
     progress: Progress = lambda tried, loss, shares: None,
 ) -> tuple[tuple[float, ...], ...]:  # fmt: skip
     """Shares of a budget for each layer and KV head, by coordinate descent.
@@ -70,7 +70,7 @@ def calibrate_shares(
         samples: prompts like those to come.
         policy: with windows of each head's own, whose shares are wanted.
         ratios: the budgets to calibrate for.
-        rounds: how often all heads are gone through; the first with large steps.
+        steps: by which a head's share is multiplied or divided, one for each round of all heads.
         progress: called after each trial.
 
     Returns:
@@ -96,8 +96,7 @@ def calibrate_shares(
 
     shares = np.ones(heads)
     best = loss(shares)
-    for number in range(rounds):
-        step = (8.0, 3.0, 1.6)[min(number, 2)]
+    for step in steps:
         for head in np.ndindex(*heads):
             for factor in (step, 1 / step):
                 other = shares.copy()

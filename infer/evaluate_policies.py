@@ -25,10 +25,18 @@ from kvjax.select import (
 
 __all__ = ["POLICIES", "read_policy"]
 
+# How the heads of `tiny` share a budget: those of layers 1 and 2 that find things, and the others.
+_TINY = tuple(
+    (0.05, 0.6) if layer == 1 else (1.0, 0.05) if layer == 2 else (0.05, 0.05) for layer in range(8)
+)
 # alpha is 8 everywhere: of 32 tokens, the smallest budget of the suite, more would leave nothing.
 POLICIES: Mapping[str, Callable[[], Policy | None]] = {
     "full": lambda: None,
-    "windowkv": lambda: WindowKV(window=8, alpha=8, heads="each", kernel=5),
+    "windowkv": lambda: WindowKV(window=4, alpha=8, heads="each", kernel=5, distinct=0.5),
+    "windowkv-tiny": lambda: WindowKV(
+        window=4, alpha=32, last=8, heads="each", kernel=5, distinct=0.8, budgets="shares",
+        shares=_TINY,
+    ),
     "windowkv-paper": lambda: WindowKV(window=8, alpha=8, group=4, budgets="paper", strict=True),
     "windowkv-code": lambda: WindowKV(
         window=8, alpha=8, group=4, budgets="code", strategy="demo", share_rest=False

@@ -58,7 +58,8 @@ class Budget:
             tokens = np.full(length.shape, self.amount // token_bytes)
         pages = np.maximum(tokens // page_size, 1)
         # A prompt's last page may be partly filled: all of its pages are all of the budget.
-        return np.where(tokens >= length, length, pages * page_size).astype(np.int32)
+        kept = np.where(tokens >= length, length, pages * page_size)
+        return np.minimum(kept, length).astype(np.int32)
 
 
 def parse_budget(text: str | float | int) -> Budget:

@@ -5,8 +5,8 @@ that `leaders` names, scores; all layers of the group keep the windows that it c
 alpha tokens. Where a window is a whole number of pages, that is surgery on the page table.
 
 The paper and its code differ, and both can be had: `budgets`, `strategy`, `strict`. What goes
-beyond them is an option by itself: `leaders`, `heads`, `kernel`, `overlap`, `sink_windows`,
-`share_rest`.
+beyond them is an option by itself: `leaders`, `heads`, `kernel`, `overlap`, `distinct`,
+`sink_windows`, `share_rest`, and `budgets="shares"`.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ import numpy as np
 from kvjax.errors import InputError
 from kvjax.pallas_kernels.window_scores import summarize
 from kvjax.select.budgets import code_budgets, paper_budgets, redistribute, share_out
+from kvjax.select.keydiff import distinctness
 from kvjax.select.pieces import keep_best, smooth
 from kvjax.select.view import Policy, View, attention_received, by_kv_head
 
@@ -53,6 +54,8 @@ class WindowKV(Policy):
         kernel: tokens over which attention is smoothed by its maximum before windows are scored,
             odd; 1: not.
         overlap: windows also begin at half a window, and half windows are kept.
+        distinct: which part of what a head keeps is chosen by its keys alone, those least like the
+            others (KeyDiff); for what later tokens look for, and the last queries do not.
         sink_windows: how many of the first windows always stay.
         strict: never exceed the budget; False: keep a window that reaches beyond it, as the code.
         share_rest: what a group cannot use goes to the others.
@@ -73,6 +76,7 @@ class WindowKV(Policy):
     heads: str = "shared"
     kernel: int = 1
     overlap: bool = False
+    distinct: float = 0.0
     sink_windows: int = 0
     strict: bool = True
     share_rest: bool = True
@@ -135,10 +139,16 @@ class WindowKV(Policy):
         index = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None, None, None]
         scores = jnp.where(index < self.sink_windows * (self.window // self.unit), jnp.inf, scores)
         some = index * self.unit < end[:: self.group, : scores.shape[1], :, None]
-        kept = keep_best(jnp.where(some, scores, -jnp.inf), count)
+        scores = jnp.where(some, scores, -jnp.inf)
+        distinct = (count.astype(jnp.float32) * self.distinct).astype(jnp.int32)
+        kept = keep_best(scores, count - distinct)
+        if self.distinct:
+            others = jnp.where(some & ~kept, self._distinctness(view, leaders, end), -jnp.inf)
+            kept = kept | keep_best(others, distinct)
         kept = jnp.repeat(jnp.repeat(kept, self.unit, axis=-1), self.group, axis=0)
         kept = jnp.broadcast_to(kept[..., : view.shape[3]], view.shape)
-        whole = tokens[None, None] >= view.length  # more than a partly filled last page costs
+        whole = tokens[None, None] >= view.length  # a partly filled last page costs no more
+        whole = whole & (self.share_rest or self.strict)
         return view.live & (kept | (view.slot >= jnp.where(whole, 0, end)[..., None]))
 
     def _suffix(self, view: View, tokens: Array) -> tuple[Array, Array]:
@@ -197,6 +207,15 @@ class WindowKV(Policy):
 
     def _over_heads(self, view: View, scores: Array) -> Array:
         return by_kv_head(scores, 1 if self.heads == "shared" else view.shape[1])
+
+    def _distinctness(self, view: View, leaders: Array, end: Array) -> Array:
+        """How unlike all others the keys of each unit are, float32[groups, K or 1, B, U]."""
+        scores = distinctness(view, leaders)
+        pad = [(0, 0)] * 3 + [(0, -scores.shape[-1] % self.unit)]
+        scores = jnp.where(view.slot < end[leaders][..., None], scores, -1.0)
+        scores = jnp.pad(scores, pad, constant_values=-1.0)
+        units = jnp.max(scores.reshape(*scores.shape[:3], -1, self.unit), axis=-1)
+        return self._over_heads(view, units)
 
     def _counts(self, tokens: Array, end: Array, suffix: Array) -> Array:
         """How many units each group keeps, int32[groups, K or 1, B]."""

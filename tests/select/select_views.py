@@ -1,5 +1,8 @@
-"""Caches for the tests of selections: random queries and keys, in pages, as a prefill leaves them."""
+"""Caches for the tests of selections: random queries and keys in pages, as after a prefill."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -49,7 +52,9 @@ def make_view(q, k, v, *, page_size=4, spare=0, layers_per_page=1, heads_per_pag
                 for i in range(min(r, layers - group * r)):
                     own = x[group * r + i, row, slot, head * c : head * c + c]
                     plane[page, i, :, offset] = own
-    pool = KVPool(k=jnp.asarray(planes[0]), v=jnp.asarray(planes[1]), position=jnp.asarray(position))
+    pool = KVPool(
+        k=jnp.asarray(planes[0]), v=jnp.asarray(planes[1]), position=jnp.asarray(position)
+    )
     whole = np.broadcast_to(lengths[None, None], (groups, head_groups, rows)).astype(np.int32)
     table = PageTable(
         pages=jnp.asarray(pages), length=jnp.asarray(whole),
@@ -76,6 +81,16 @@ def observe(q, k, lengths):
 def tokens(view, count):
     """The same budget for every row."""
     return jnp.full((view.shape[2],), count, jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def keep_of(policy, view, count):
+    return policy.keep(view, count)
+
+
+def kept_by(policy, view, count):
+    """What a policy keeps of the same budget for every row; compiled once."""
+    return keep_of(policy, view, tokens(view, count))
 
 
 def slots(keep):
