@@ -1,5 +1,6 @@
 """The whole way: a folder of weights, prompts in, answers out, against a dense recompute."""
 
+import gc
 import shutil
 
 import jax
@@ -129,10 +130,12 @@ def test_streamed_pieces_make_the_text_and_an_early_end_frees_the_pages(llm):
     assert len(pieces) == 2
     stream = llm.stream(prompts(12), GREEDY)
     next(stream)
+    assert gc.get_freeze_count()  # what was there before is spared while it runs
     with pytest.raises(InputError, match="unfinished"):
         llm.generate("meanwhile")
     assert llm.engine.planner.ledger.held > 0
     stream.close()
+    assert not gc.get_freeze_count()
     assert llm.engine.planner.ledger.held == 0 and not llm.engine.planner.busy
 
 
