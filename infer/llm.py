@@ -25,7 +25,7 @@ from kvjax.plan import Request
 
 __all__ = ["BUILT_IN_MODELS", "LLM", "Prompt", "find_model"]
 
-BUILT_IN_MODELS = ("tiny",)
+BUILT_IN_MODELS = ("tiny", "countdown")
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]

@@ -136,14 +136,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.policy_model, args.reward, rows=rows, page_size=args.page_size, dtype=args.dtype,
         kv_memory=None,
     )  # fmt: skip
-    for model in {id(m): m for m in (llm, reward.llm)}.values():
+    models = {id(m): m for m in (llm, reward.llm)}.values()
+    programs, start = sum(len(model.engine.grid.buckets) + 1 for model in models), time.time()
+    print(f"compiling {programs} programs for up to {rows} rows", file=sys.stderr, flush=True)
+    for model in models:
         warm_up(model)
+    print(f"compiled in {time.time() - start:.1f} s", file=sys.stderr, flush=True)
     questions = [Question(problem(args.problem_seed, i)[0].text) for i in range(args.problems)]
     results: dict[str, dict[str, Any]] = {}
     with CompilationCount() as compiled:
         for name, options in runs.items():
             results[name] = _measure(args, llm, reward, task, options, questions)
-            print(_line(name, results[name]), file=sys.stderr if args.json else sys.stdout)
+            print(
+                _line(name, results[name]), file=sys.stderr if args.json else sys.stdout, flush=True
+            )
     _compare(args, results)
     result = {
         "device": jax.devices()[0].device_kind, "policy": args.policy_model, "task": args.task,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import tyro
 
 from kvjax.errors import InputError
@@ -101,8 +102,6 @@ def load_models(
     kv_memory: str | None,
 ) -> tuple[LLM, Reward]:  # fmt: skip
     """The policy and the reward model; one model and one cache where they are the same."""
-    import jax
-
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"
     memory = None if kv_memory is None else parse_bytes(kv_memory)
@@ -113,8 +112,19 @@ def load_models(
     head = read_reward(find_model(reward or policy))
     if not same and memory is None and jax.default_backend() != "cpu":
         options["kv_memory"] = 8 * 2**30  # else the first takes what the second needs
-    llm = LLM.load(policy, **options)
-    return llm, Reward(llm if same else LLM.load(str(reward), **options), head)
+    llm = _few_shapes(LLM.load(policy, **options))
+    return llm, Reward(llm if same else _few_shapes(LLM.load(str(reward), **options)), head)
+
+
+def _few_shapes(llm: LLM) -> LLM:
+    """On an accelerator only the widest step is compiled: a search has nearly always many rows."""
+    grid = llm.engine.grid
+    if jax.default_backend() != "cpu":
+        grid = dataclasses.replace(
+            grid, row_buckets=grid.row_buckets[-1:], token_buckets=grid.token_buckets[-1:]
+        )
+        llm.engine.grid = llm.engine.planner.grid = grid  # nothing is compiled yet
+    return llm
 
 
 def search_all(
