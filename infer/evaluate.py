@@ -97,8 +97,6 @@ def evaluate(
     Returns:
         The lines of this suite, those of an earlier run included.
     """
-    if unknown := set(suite.protocols) - set(PROTOCOLS):
-        raise InputError(f"no protocols {', '.join(unknown)}: use {' or '.join(PROTOCOLS)}")
     combinations = combine(suite)
     lines = {_key(line): line for line in read_answers(answers)}
     wanted = [c.name for c in combinations], [c.budget for c in combinations]
@@ -126,7 +124,15 @@ def evaluate(
 
 
 def combine(suite: Suite) -> list[Combination]:
-    """Each policy under each budget; keeping everything has none."""
+    """Each policy under each budget; keeping everything has none.
+
+    Raises:
+        InputError: a policy, a budget or a protocol that there is not.
+    """
+    if unknown := set(suite.protocols) - set(PROTOCOLS):
+        raise InputError(f"no protocols {', '.join(unknown)}: use {' or '.join(PROTOCOLS)}")
+    for budget in suite.budgets:
+        parse_budget(budget)
     found = []
     for name in suite.policies:
         policy = read_policy(name)
