@@ -130,6 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"--task {args.task!r}: use countdown or countdown-deep")
     runs = {name: _options(name, args.width) for name in args.runs}
     task = TASKS[args.task]
+    for options in runs.values():
+        options.check(task)
     widest = max(options.width for options in runs.values())
     rows = min(args.max_rows, widest * min(args.at_a_time, args.problems))
     llm, reward = load_models(

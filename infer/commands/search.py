@@ -181,7 +181,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"no task {args.task!r}: use one of {', '.join(TASKS)}")
     if args.at_a_time < 1:
         raise InputError(f"--at-a-time must be 1 or more, not {args.at_a_time}")
-    task, questions = TASKS[args.task], read_questions(args.questions)
+    task = TASKS[args.task]
+    args.check(task)
+    questions = read_questions(args.questions)
     for question in questions:
         task.check(question.text)
     rows = min(512, max(8, args.width * min(args.at_a_time, len(questions))))

@@ -5,6 +5,7 @@ from typing import Any
 
 from kvjax.errors import InputError
 from kvjax.infer.llm import LLM
+from kvjax.infer.search.device_program import DeviceProgram, make_device_program
 from kvjax.infer.search.features import hidden_clusters
 from kvjax.infer.search.policies import DVTS, ETS, Beam, BestOfN, Clusters, Policy, Rebase
 from kvjax.infer.search.tasks import SearchTask, equal_text
@@ -34,6 +35,8 @@ class MethodOptions:
     """ets: cosine distance of hidden states from which on clusters stay apart."""
     cost: str = "nodes"
     """ets: nodes, as published, or pages, what is really given back."""
+    solver: str = "exact"
+    """ets: exact (HiGHS on the host), or device: nearly the best, and no host waits for it."""
     floor_one: bool = True
     """ets: whether every leaf that is kept is continued; as published, not."""
     temperature: float = 0.2
@@ -45,26 +48,40 @@ class MethodOptions:
     merge: bool = False
     """Whether equal siblings become one node; published searches do not."""
 
+    def check(self, task: SearchTask) -> None:
+        """Raises InputError for a value that cannot be used, before anything is loaded."""
+        for name, known in (
+            ("method", METHODS), ("clusters", CLUSTERS), ("solver", ("exact", "device")),
+            ("cost", ("nodes", "pages")),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value not in known:
+                raise InputError(f"no {name} {value!r}: use one of {', '.join(known)}")
+        if self.width < 1:
+            raise InputError(f"the width is {self.width}: give 1 or more")
+        if self.temperature <= 0:
+            raise InputError(f"the temperature is {self.temperature}: give more than 0")
+        if self.method == "ets" and self.clusters == "state" and task.state is None:
+            raise InputError("clusters by true state: of this task nobody knows the states")
+
     def policy(self, llm: LLM, task: SearchTask) -> Policy:
         """The policy.
 
         Raises:
             InputError: a value that cannot be used.
         """
-        if self.width < 1:
-            raise InputError(f"the width is {self.width}: give 1 or more")
+        self.check(task)
         if self.method == "ets":
             return ETS(
                 lambda_b=self.lambda_b, lambda_d=self.lambda_d, temperature=self.temperature,
                 clusters=self._clusters(llm, task), cost=self.cost, floor_one=self.floor_one,
+                program=self._program(),
             )  # fmt: skip
         policies: dict[str, Policy] = {
             "rebase": Rebase(self.temperature), "dvts": DVTS(self.subtrees),
             "beam": Beam(self.beams), "best-of-n": BestOfN(), "weighted": BestOfN(),
             "majority": BestOfN(),
         }  # fmt: skip
-        if self.method not in policies:
-            raise InputError(f"no method {self.method!r}: use one of {', '.join(METHODS)}")
         return policies[self.method]
 
     def vote(self, task: SearchTask) -> str:
@@ -72,18 +89,17 @@ class MethodOptions:
         own = {"best-of-n": "best", "weighted": "weighted", "majority": "majority"}
         return own.get(self.method, task.vote)
 
+    def _program(self) -> DeviceProgram | None:
+        most = 32 if self.cost == "nodes" else 128  # generations, and ancestors of a leaf
+        exact = self.solver == "exact"
+        return None if exact else make_device_program(self.width, most * self.width, most)
+
     def _clusters(self, llm: LLM, task: SearchTask) -> Clusters | None:
         if self.clusters == "none" or not self.lambda_d:
             return None
         if self.clusters == "state":
-            if task.state is None:
-                raise InputError("clusters by true state: of this task nobody knows the states")
             return task.states
-        if self.clusters == "hidden":
-            return hidden_clusters(llm, self.threshold)
-        if self.clusters != "text":
-            raise InputError(f"no clusters {self.clusters!r}: use one of {', '.join(CLUSTERS)}")
-        return equal_text
+        return hidden_clusters(llm, self.threshold) if self.clusters == "hidden" else equal_text
 
 
 def read_method(text: str) -> MethodOptions:

@@ -12,7 +12,7 @@ import numpy as np
 
 from kvjax.errors import InputError
 from kvjax.infer.search.tree import Node, level_of, page_level_of
-from kvjax.plan.tree_pruning import ets_select, rebase_allocation, shares
+from kvjax.plan.tree_pruning import Level, Selection, ets_select, rebase_allocation, shares
 
 __all__ = [
     "DVTS", "ETS", "Allocation", "Beam", "BestOfN", "Clusters", "Frontier", "Policy", "Rebase",
@@ -174,6 +174,7 @@ class ETS:
         floor_one: whether every leaf that was kept gets a continuation. Without it, as published,
             a leaf that was kept for what it covers is often given none.
         seconds: after which the program's best so far is taken; None: never.
+        program: solves the program instead of HiGHS, such as a `DeviceProgram`; None: exactly.
     """
 
     lambda_b: float = 1.0
@@ -183,6 +184,7 @@ class ETS:
     cost: str = "nodes"
     floor_one: bool = True
     seconds: float | None = None
+    program: Callable[[Level, Array, float, float], Selection] | None = None
 
     def __post_init__(self) -> None:
         if self.cost not in ("nodes", "pages"):
@@ -196,10 +198,15 @@ class ETS:
         level = page_level_of(leaves, frontier.page_size) if pages else level_of(leaves)
         if self.clusters is not None and self.lambda_d > 0 and len(leaves) > 1:
             level = dataclasses.replace(level, cluster=np.asarray(self.clusters(leaves)))
-        kept = ets_select(level, rewards, self.lambda_b, self.lambda_d, seconds=self.seconds).leaves
+        kept = self._select(level, rewards).leaves
         counts = self._deal(frontier, kept)
         fates = ["no share" if keep else "pruned by the program" for keep in kept]
         return Allocation.of(counts, fates, int(kept.sum()))
+
+    def _select(self, level: Level, rewards: Array) -> Selection:
+        if self.program is not None and self.lambda_b > 0:
+            return self.program(level, rewards, self.lambda_b, self.lambda_d)
+        return ets_select(level, rewards, self.lambda_b, self.lambda_d, seconds=self.seconds)
 
     def _deal(self, frontier: Frontier, kept: Array) -> Array:
         scores = np.where(kept, frontier.scores, -np.inf)

@@ -3,7 +3,7 @@
 Run once, in the tests' environment with PuLP beside it:
 
     pip install --target pulp pulp
-    PYTHONPATH=pulp:tests/plan python tests/witnesses/make_ets_witness.py
+    PYTHONPATH=pulp:tests python tests/witnesses/make_ets_witness.py
 
 It writes tests/plan/ets_witness.json. The statement is the paper's, and the released code's of
 SqueezeAILab/ETS at ac937a7: y_j >= x_i for every leaf i under ancestor j, y_j <= sum x, z_k <= sum
