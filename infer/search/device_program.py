@@ -73,6 +73,7 @@ class DeviceProgram:
                 f"{n} leaves, {m} nodes and {depth.max() + 1} generations are more than the "
                 f"program's {self.leaves}, {self.nodes} and {self.depth}"
             )
+        assert level.cluster is not None
         names, cluster = np.unique(level.cluster, return_inverse=True)
 
         def fill(values: np.ndarray, size: int, rest: Any, dtype: Any) -> np.ndarray:
