@@ -43,8 +43,7 @@ class VideoConfig:
             when the table is full.
         text_dropout: how often a clip's text is replaced by none, for guidance.
         learning_rate: the highest; after the warm-up a cosine takes it to 1 % of that.
-        adam_share: what Adam, which trains all but the matrices, takes of the learning rate. The
-            gates of a block scale attentions that no norm bounds, so they must not run ahead.
+        adam_share: what Adam, which trains all but the matrices, takes of the learning rate.
         warmup_steps: in which the learning rate rises from 0.
         adam_b2: of Adam.
         step: how a step computes: type, parts, clipping, average.
@@ -74,7 +73,7 @@ class VideoConfig:
     text_dropout: float = 0.1
     learning_rate: float = 2e-3
     warmup_steps: int = 100
-    adam_share: float = 0.25
+    adam_share: float = 0.5
     adam_b2: float = 0.98
     step: StepOptions = dataclasses.field(
         default_factory=lambda: StepOptions(clip_norm=1.0, ema_decay=0.999)
