@@ -34,7 +34,13 @@ POLICIES: Mapping[str, Callable[[], Policy | None]] = {
     "full": lambda: None,
     "windowkv": lambda: WindowKV(window=4, alpha=8, heads="each", kernel=5, distinct=0.5),
     "windowkv-tiny": lambda: WindowKV(
-        window=4, alpha=32, last=8, heads="each", kernel=5, distinct=0.8, budgets="shares",
+        window=4,
+        alpha=32,
+        last=8,
+        heads="each",
+        kernel=5,
+        distinct=0.8,
+        budgets="shares",
         shares=_TINY,
     ),
     "windowkv-paper": lambda: WindowKV(window=8, alpha=8, group=4, budgets="paper", strict=True),
@@ -74,14 +80,14 @@ def read_policy(text: str) -> Policy | None:
     policy = POLICIES[name]()
     if not options:
         return policy
-    known = [field.name for field in dataclasses.fields(policy)] if policy else []  # pyright: ignore[reportArgumentType]
+    known = [field.name for field in dataclasses.fields(policy)] if policy else []
     given = {}
     for option in _split(options):
         key, _, value = option.partition("=")
         if key not in known:
             raise InputError(f"{name} has no option {key!r}: it has {', '.join(known) or 'none'}")
         given[key] = _value(value)
-    return dataclasses.replace(policy, **given)  # pyright: ignore[reportType]
+    return None if policy is None else dataclasses.replace(policy, **given)
 
 
 def _split(options: str) -> list[str]:

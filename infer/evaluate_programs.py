@@ -149,8 +149,8 @@ def _observing_attend(slots: Any, last: Array, windows: Array | None) -> Attend:
 
     def attend(layer: Array, q: Array, k: Array, v: Array, state: tuple) -> tuple[Array, tuple]:
         pool, queries, sums = state
-        flat = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
-        pool = write(pool, layer, *flat, slots)
+        flat_k, flat_v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
+        pool = write(pool, layer, flat_k, flat_v, slots)
         out, lse = _causal(q, k, v, None if windows is None else windows[layer])
         queries = queries.at[layer].set(jnp.take_along_axis(q, last[..., None, None], axis=1))
         sums = sums.at[layer].set(jnp.take_along_axis(lse, last[..., None], axis=1))

@@ -1,5 +1,7 @@
 """Selections that score every token and keep the best, the same number in each layer and head."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -11,6 +13,7 @@ __all__ = ["Scorer"]
 Array = jax.Array
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Scorer(Policy):
     """A policy that is a score. Subclasses are frozen dataclasses with a `scores`.
 

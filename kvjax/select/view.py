@@ -116,6 +116,7 @@ class View:
         return jnp.where((self.slot[0] < length[..., None])[..., None], tokens, 0.0)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
     """A rule that says what stays of a cache. Subclasses are frozen dataclasses.
 
