@@ -147,8 +147,9 @@ class FrameRingConfig:
                 f"a frame ring of {nbytes} bytes holds nothing: give at least "
                 f"{least.nbytes(platform)}"
             )
-        low, high = least.capacity, 1 + nbytes // max(1, least.nbytes(platform) // least.capacity)
-        while high - low > 0:  # the largest capacity that fits; sizes grow with it
+        bare = dataclasses.replace(self, capacity=1)._bytes(1, "cpu")
+        low, high = least.capacity, least.capacity + nbytes // bare
+        while high > low:  # the largest capacity that fits; sizes grow with it
             middle = (low + high + 1) // 2
             fits = dataclasses.replace(self, capacity=middle).nbytes(platform) <= nbytes
             low, high = (middle, high) if fits else (low, middle - 1)

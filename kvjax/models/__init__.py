@@ -1,6 +1,15 @@
-"""Models: the Llama-family decoder, and what reads and writes its weights."""
+"""Models: the Llama-family decoder, the video transformer, and their weights."""
 
 from kvjax.models.attention import causal_attend
 from kvjax.models.decoder import Attend, Decoder, DecoderConfig, Rope
+from kvjax.models.video_dit import VideoDiT, VideoDiTConfig
 
-__all__ = ["Attend", "Decoder", "DecoderConfig", "Rope", "causal_attend"]
+__all__ = [
+    "Attend",
+    "Decoder",
+    "DecoderConfig",
+    "Rope",
+    "VideoDiT",
+    "VideoDiTConfig",
+    "causal_attend",
+]
