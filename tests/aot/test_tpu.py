@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kvjax.cache import KVPool
 from kvjax.pallas_kernels.page_attention import Items, WorkList, page_attention, tpu_sizes
 from kvjax.pallas_kernels.page_write import page_write
+from kvjax.pallas_kernels.prefill_attention import prefill_attention
 
 pytest.importorskip("libtpu")
 
@@ -193,3 +194,20 @@ def test_layers_in_a_scan_copy_no_page(chip, sizes):
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes == bytes_of(pool)
     assert memory.temp_size_in_bytes <= 16 << 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chip", "D", "window"), [("v5e", 64, 0), ("tpu7x", 128, 256)])
+def test_prefill_attention_compiles_forwards_and_backwards(chip, D, window):
+    def both(q, k, v):
+        def loss(q, k, v):
+            out, lse = prefill_attention(q, k, v, window=window, implementation="splash")
+            return jnp.sum(out.astype(jnp.float32)), lse
+
+        return jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+
+    q, kv = shaped(2, 1024, 32, D, dtype=jnp.bfloat16), shaped(2, 1024, 8, D, dtype=jnp.bfloat16)
+    # JAX's own kernel mixes dtypes.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        text = compiled(chip, both, (q, kv, kv)).as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') >= 3  # forwards, and two backwards
