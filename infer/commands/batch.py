@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ):
             summary = run_batch(llm, requests, output, _show(bar, start))
     seconds = time.perf_counter() - start
-    figures = _figures(llm, summary, seconds, compiled.count)
+    figures = _figures(llm, args.plan, summary, seconds, compiled.count)
     if args.json:
         print(json.dumps(figures))
     else:
@@ -88,10 +88,13 @@ def _show(bar: tqdm, start: float) -> Callable[[int, BatchSummary], None]:
     return progress
 
 
-def _figures(llm: LLM, summary: BatchSummary, seconds: float, compiled: int) -> dict[str, Any]:
+def _figures(
+    llm: LLM, plan: str, summary: BatchSummary, seconds: float, compiled: int
+) -> dict[str, Any]:
     planner, cache = llm.engine.planner, llm.engine.cache
     return {
         **dataclasses.asdict(summary),
+        "plan": plan,
         "prefill_tokens_computed": planner.prefill_tokens_computed,
         "seconds": round(seconds, 3),
         "tokens_per_second": round(summary.output_tokens / seconds, 1),
