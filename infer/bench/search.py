@@ -66,6 +66,8 @@ class BenchSearch:
     """float32 or bfloat16; by default as the weights are stored, on the CPU float32."""
     max_rows: int = 512
     """The most rows of the engine."""
+    shared_reads: bool = False
+    """Read pages that leaves share once for all of them."""
     json: bool = False
     """End with one JSON object on stdout."""
 
@@ -136,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = min(args.max_rows, widest * min(args.at_a_time, args.problems))
     llm, reward = load_models(
         args.policy_model, args.reward, rows=rows, page_size=args.page_size, dtype=args.dtype,
-        kv_memory=None,
+        kv_memory=None, shared_reads=args.shared_reads,
     )  # fmt: skip
     models = {id(m): m for m in (llm, reward.llm)}.values()
     programs, start = sum(len(model.engine.grid.buckets) + 1 for model in models), time.time()

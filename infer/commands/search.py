@@ -55,6 +55,9 @@ class Search(MethodOptions):
     """Memory for the KV cache, such as 512MiB or 2GiB."""
     page_size: int = 4
     """Tokens of a page: small, since what steps share is short."""
+    shared_reads: bool = False
+    """Read pages that leaves share once for all of them: faster where questions are long. The last
+    bits of a result then depend on what else is searched."""
     json: bool = False
     """End with one JSON object on stdout."""
 
@@ -99,7 +102,7 @@ def read_questions(path: Path | None) -> list[Question]:
 
 def load_models(
     policy: str, reward: str | None, *, rows: int, page_size: int, dtype: str | None,
-    kv_memory: str | None,
+    kv_memory: str | None, shared_reads: bool = False,
 ) -> tuple[LLM, Reward]:  # fmt: skip
     """The policy and the reward model; one model and one cache where they are the same."""
     if dtype is None and jax.default_backend() == "cpu":
@@ -107,6 +110,7 @@ def load_models(
     memory = None if kv_memory is None else parse_bytes(kv_memory)
     options: dict[str, Any] = {
         "dtype": dtype, "max_rows": rows, "page_size": page_size, "kv_memory": memory,
+        "grouped": shared_reads,
     }  # fmt: skip
     same = reward is None or find_model(reward) == find_model(policy)
     head = read_reward(find_model(reward or policy))
@@ -189,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = min(512, max(8, args.width * min(args.at_a_time, len(questions))))
     llm, reward = load_models(
         args.policy_model, args.reward, rows=rows, page_size=args.page_size, dtype=args.dtype,
-        kv_memory=args.kv_memory,
+        kv_memory=args.kv_memory, shared_reads=args.shared_reads,
     )  # fmt: skip
     for model in {id(m): m for m in (llm, reward.llm)}.values():
         warm_up(model)

@@ -95,7 +95,7 @@ class DeviceProgram:
 
 
 def make_device_program(
-    leaves: int, nodes: int, depth: int, *, iterations: int = 60, flips: int = 16
+    leaves: int, nodes: int, depth: int, *, iterations: int = 200, flips: int = 32
 ) -> DeviceProgram:
     """A jitted program for levels of up to these sizes.
 

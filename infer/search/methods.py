@@ -31,7 +31,7 @@ class MethodOptions:
     clusters: str = "text"
     """ets: which leaves say the same: by their last step's text, by hidden states, by the true
     state (countdown), or none."""
-    threshold: float = 0.02
+    threshold: float = 0.05
     """ets: cosine distance of hidden states from which on clusters stay apart."""
     cost: str = "nodes"
     """ets: nodes, as published, or pages, what is really given back."""

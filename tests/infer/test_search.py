@@ -58,7 +58,9 @@ def llm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     models_for_tests.save_model(folder)
     loaded = LLM.load(folder, max_rows=8, page_size=PAGE)
-    return models_for_tests.with_grid(loaded, row_buckets=(8,), token_buckets=(96,))
+    # Every page that rows share is read for all of them at once: attention over the tree.
+    sizes = {"row_buckets": (8,), "token_buckets": (96,), "shared_pages": 1}
+    return models_for_tests.with_grid(loaded, **sizes)
 
 
 @pytest.fixture(scope="module")
