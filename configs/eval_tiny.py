@@ -5,7 +5,7 @@
 1000 prompts of each task and point; one prefill of a batch serves all policies.
 """
 
-from kvjax.configs.eval_tasks import make_prompts
+from kvjax.configs.task_prompts import make_prompts
 from kvjax.infer.evaluate_policies import POLICIES
 from kvjax.infer.evaluate_suite import Suite
 from kvjax.train.tasks import TASKS

@@ -22,14 +22,15 @@ from kvjax.infer.evaluate_metrics import METRICS
 from kvjax.infer.evaluate_policies import read_policy
 from kvjax.infer.evaluate_programs import Prefilled, Sizes, answer, choose, prefill, read_question
 from kvjax.infer.evaluate_programs import remove as remove_rest
-from kvjax.infer.evaluate_suite import PROTOCOLS, Prompt, Suite
+from kvjax.infer.evaluate_suite import PROTOCOLS, TAGS, Prompt, Suite
 from kvjax.infer.llm import find_model
 from kvjax.models import hf
 from kvjax.models.decoder import DecoderConfig
+from kvjax.models.task_classifier import load_classifier
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.select import Policy, View, parse_budget
 
-__all__ = ["FULL", "Model", "evaluate", "read_answers"]
+__all__ = ["FULL", "Batch", "Model", "arrays", "combine", "evaluate", "read_answers"]
 
 FULL = "full"
 """The name of the policy that keeps everything, and of its budget."""
@@ -79,7 +80,6 @@ class Batch(NamedTuple):
     asked: np.ndarray  # int32[B]
     most: np.ndarray  # int32[B]
     needles: np.ndarray  # bool[B, S]
-    task: np.ndarray  # int32[B]
     number: np.ndarray  # int32[B]
 
 
@@ -98,6 +98,7 @@ def evaluate(
         The lines of this suite, those of an earlier run included.
     """
     combinations = combine(suite)
+    classify = _classifier(model) if suite.tags == "classifier" else None
     lines = {_key(line): line for line in read_answers(answers)}
     wanted = [c.name for c in combinations], [c.budget for c in combinations]
     total = len(suite.tasks) * len(suite.lengths) * suite.prompts * len(suite.protocols)
@@ -106,6 +107,7 @@ def evaluate(
     with answers.open("a", encoding="utf-8") as file:
         for prompts in _batches(model, suite):
             sizes = _sizes(model, suite, prompts, combinations)
+            tags = _tags(suite.tags, prompts, classify)
             for protocol in suite.protocols:
                 keys = [
                     (p.task, p.length, p.name, protocol, *pair)
@@ -114,7 +116,7 @@ def evaluate(
                 ]
                 missing = [key for key in keys if key not in lines]
                 for line in _answer(
-                    model, sizes[protocol], prompts, protocol, combinations, missing
+                    model, sizes[protocol], prompts, protocol, combinations, missing, tags
                 ):
                     lines[_key(line)] = line
                     _append(file, line)
@@ -131,12 +133,16 @@ def combine(suite: Suite) -> list[Combination]:
     """
     if unknown := set(suite.protocols) - set(PROTOCOLS):
         raise InputError(f"no protocols {', '.join(unknown)}: use {' or '.join(PROTOCOLS)}")
+    if suite.tags not in TAGS:
+        raise InputError(f"no tags {suite.tags!r}: use one of {', '.join(TAGS)}")
     for budget in suite.budgets:
         parse_budget(budget)
+    suffix = "" if suite.tags == "true" else f"@{suite.tags}"
     found = []
     for name in suite.policies:
         policy = read_policy(name)
         budgets = [FULL] if policy is None else suite.budgets
+        name = name if policy is None else name + suffix
         found += [Combination(name, policy, budget) for budget in budgets]
     return found
 
@@ -211,7 +217,8 @@ def _most(model: Model, prompt: Prompt) -> int:
     return max(len(ids) for ids in texts) + 1
 
 
-def _arrays(model: Model, sizes: Sizes, prompts: Sequence[Prompt], protocol: str) -> Batch:
+def arrays(model: Model, sizes: Sizes, prompts: Sequence[Prompt], protocol: str) -> Batch:
+    """Prompts as the arrays of a batch."""
     rows, slots = sizes.rows, sizes.cache(model.config).pages_per_row * sizes.page_size
     filled = [*prompts, *[prompts[-1]] * (rows - len(prompts))]
     batch = Batch(
@@ -222,7 +229,6 @@ def _arrays(model: Model, sizes: Sizes, prompts: Sequence[Prompt], protocol: str
         np.zeros(rows, np.int32),
         np.asarray([_most(model, prompt) for prompt in filled], np.int32),
         np.zeros((rows, slots), bool),
-        np.asarray([int(prompt.gathers) for prompt in filled], np.int32),
         np.asarray([_number(prompt) for prompt in filled], np.int32),
     )
     for row, prompt in enumerate(filled):
@@ -244,18 +250,18 @@ def _number(prompt: Prompt) -> int:
 
 def _answer(
     model: Model, sizes: Sizes, prompts: Sequence[Prompt], protocol: str,
-    combinations: Sequence[Combination], missing: Sequence[Key],
+    combinations: Sequence[Combination], missing: Sequence[Key], tags: np.ndarray | None,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """The lines of a batch that are missing."""
     if not missing:
         return
-    batch = _arrays(model, sizes, prompts, protocol)
+    batch = arrays(model, sizes, prompts, protocol)
     start = time.perf_counter()
     filled = prefill(model.graph, sizes, model.params, batch.tokens, batch.length)
     jax.block_until_ready(filled)
     prefill_seconds = time.perf_counter() - start
     view = View(
-        pool=filled.pool, table=filled.table, seen=filled.seen, task=jnp.asarray(batch.task),
+        pool=filled.pool, table=filled.table, seen=filled.seen, task=_filled(tags, sizes.rows),
         number=jnp.asarray(batch.number), needles=jnp.asarray(batch.needles),
         inverse_frequencies=_frequencies(model.config),
     )  # fmt: skip
@@ -268,6 +274,26 @@ def _answer(
             figures["prefill_seconds"] = [prefill_seconds / len(prompts)] * sizes.rows
             lines = _lines(batch.prompts[: len(prompts)], protocol, combination, figures)
             yield from (line for line, use in zip(lines, rows, strict=True) if use)
+
+
+def _classifier(model: Model) -> Callable[[np.ndarray], int]:
+    return load_classifier(find_model(model.name) / "task_classifier.safetensors").classify
+
+
+def _tags(
+    tags: str, prompts: Sequence[Prompt], classify: Callable[[np.ndarray], int] | None
+) -> np.ndarray | None:
+    """The prompts' tasks as a policy is told them, int32[n]."""
+    if tags == "none":
+        return None
+    if classify is not None:
+        whole = (np.concatenate([prompt.context, prompt.question]) for prompt in prompts)
+        return np.asarray([classify(tokens) for tokens in whole], np.int32)
+    return np.asarray([int(p.gathers != (tags == "wrong")) for p in prompts], np.int32)
+
+
+def _filled(tags: np.ndarray | None, rows: int) -> jax.Array | None:
+    return None if tags is None else jnp.asarray(np.resize(tags, rows))
 
 
 def _frequencies(config: DecoderConfig) -> jax.Array:

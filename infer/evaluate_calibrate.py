@@ -15,85 +15,61 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kvjax.infer.evaluate import Batch, Model, arrays
 from kvjax.infer.evaluate_programs import Sizes, answer, extend, prefill
-from kvjax.models.decoder import DecoderConfig
+from kvjax.infer.evaluate_suite import Prompt
 from kvjax.select import View, WindowKV, evict
 
-__all__ = ["Sample", "calibrate_shares", "sample"]
+__all__ = ["calibrate_shares"]
 
 Array = jax.Array
 Progress = Callable[[int, float, np.ndarray], Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """A prefilled batch of prompts, and what the whole cache answers.
-
-    Attributes:
-        view: of the cache.
-        length: int[B], tokens of the prompts.
-        answers: int32[B, W], -1 after an answer's end.
-    """
-
-    view: View
-    length: np.ndarray
-    answers: Array
-
-
-def sample(
-    graph: nnx.GraphDef[Any], sizes: Sizes, stops: tuple[int, ...], params: Any,
-    tokens: np.ndarray, length: np.ndarray,
-) -> Sample:  # fmt: skip
-    """Computes prompts and answers them from the whole cache."""
-    filled = prefill(graph, sizes, params, tokens, length)
-    most = jnp.full((sizes.rows,), sizes.answer, jnp.int32)
-    pool = jax.tree.map(jnp.copy, filled.pool)
-    _, written = answer(graph, sizes, stops, params, pool, filled.table, filled.token, most)
-    view = View(pool=filled.pool, table=filled.table, seen=filled.seen)
-    return Sample(view, length, written.T)
-
-
 def calibrate_shares(
-    graph: nnx.GraphDef[Any], sizes: Sizes, params: Any, samples: Sequence[Sample],
-    policy: WindowKV, ratios: Sequence[float], *, steps: Sequence[float] = (8.0, 3.0, 8.0, 1.6),
+    model: Model, prompts: Sequence[Prompt], policy: WindowKV, ratios: Sequence[float], *,
+    page_size: int = 4, most_tokens: int = 64, steps: Sequence[float] = (8.0, 4.0, 8.0, 2.0),
     progress: Progress = lambda tried, loss, shares: None,
 ) -> tuple[tuple[float, ...], ...]:  # fmt: skip
     """Shares of a budget for each layer and KV head, by coordinate descent.
 
     A head's share is multiplied or divided, and what helps is kept. The loss is the mean negative
-    log-likelihood of the whole cache's answers, over the samples and the budgets.
+    log-likelihood of the whole cache's own answers, over the prompts and the budgets.
 
     Args:
-        graph: of the decoder.
-        sizes: of the samples.
-        params: of the decoder.
-        samples: prompts like those to come.
-        policy: with windows of each head's own, whose shares are wanted.
+        model: whose heads.
+        prompts: like those to come; all are held in memory at a time.
+        policy: whose shares are wanted; each head gets windows of its own.
         ratios: the budgets to calibrate for.
+        page_size: tokens of a page.
+        most_tokens: of an answer.
         steps: by which a head's share is multiplied or divided, one for each round of all heads.
-        progress: called after each trial.
+        progress: called after each head with the trials so far, the loss and the shares.
 
     Returns:
         [L][K], the mean 1.
     """
-    config: DecoderConfig = nnx.merge(graph, params).config
-    heads = config.num_layers, config.num_kv_heads
+    sizes = Sizes(
+        rows=len(prompts), prompt=max(len(p.context) + len(p.question) for p in prompts),
+        question=0, answer=most_tokens, page_size=page_size, observed=policy.alpha,
+    )  # fmt: skip
     policy = dataclasses.replace(policy, budgets="shares", heads="each", shares=())
+    batch = arrays(model, sizes, prompts, "A")
+    view, answers = _sample(model, sizes, batch)
+    budgets = [np.maximum(ratio * batch.length // page_size, 1) * page_size for ratio in ratios]
     tried = 0
 
     def loss(shares: np.ndarray) -> float:
         nonlocal tried
-        total = 0.0
-        for one in samples:
-            for ratio in ratios:
-                tokens = np.maximum(ratio * one.length // sizes.page_size, 1) * sizes.page_size
-                total += float(
-                    _loss(graph, sizes, policy, params, one.view, one.answers,
-                          jnp.asarray(tokens, jnp.int32), jnp.asarray(shares, jnp.float32))
-                )  # fmt: skip
         tried += 1
-        return total / (len(samples) * len(ratios))
+        found = [
+            _loss(model.graph, sizes, policy, model.params, view, answers,
+                  jnp.asarray(tokens, jnp.int32), jnp.asarray(shares, jnp.float32))
+            for tokens in budgets
+        ]  # fmt: skip
+        return float(np.mean([float(x) for x in found]))
 
+    heads = model.config.num_layers, model.config.num_kv_heads
     shares = np.ones(heads)
     best = loss(shares)
     for step in steps:
@@ -107,6 +83,18 @@ def calibrate_shares(
                     break
             progress(tried, best, shares)
     return tuple(tuple(round(float(x), 3) for x in row) for row in shares)
+
+
+def _sample(model: Model, sizes: Sizes, batch: Batch) -> tuple[View, Array]:
+    """Prompts and what the whole cache answers, int32[B, W], -1 after an answer's end."""
+    filled = prefill(model.graph, sizes, model.params, batch.tokens, batch.length)
+    most = jnp.full((sizes.rows,), sizes.answer, jnp.int32)
+    pool = jax.tree.map(jnp.copy, filled.pool)
+    _, written = answer(
+        model.graph, sizes, model.tokenizer.eos_ids, model.params, pool, filled.table,
+        filled.token, most,
+    )  # fmt: skip
+    return View(pool=filled.pool, table=filled.table, seen=filled.seen), written.T
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -10,9 +10,10 @@ import numpy as np
 from kvjax.errors import InputError
 from kvjax.models.tokenizer import Tokenizer
 
-__all__ = ["PROTOCOLS", "Prompt", "Suite", "read_suite", "split_chat"]
+__all__ = ["PROTOCOLS", "TAGS", "Prompt", "Suite", "read_suite", "split_chat"]
 
 PROTOCOLS = ("A", "B")
+TAGS = ("true", "wrong", "none", "classifier")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,8 @@ class Suite:
         rows: prompts that are computed at a time.
         page_size: tokens of a page.
         seed: of the prompts.
+        tags: what a policy is told of a prompt's task: "true", "wrong", "none", or what the model's
+            own "classifier" says. Results of others than "true" are named POLICY@TAGS.
     """
 
     make: Make
@@ -82,6 +85,7 @@ class Suite:
     rows: int = 16
     page_size: int = 4
     seed: int = 3_000_000
+    tags: str = "true"
 
 
 def read_suite(name: str) -> Suite:

@@ -53,6 +53,8 @@ class Eval:
     """Tokens that a prompt and its answer fill, or at most have, with --data."""
     protocols: Names = ()
     """A: the question is compressed with its context; B: it comes after the compression."""
+    tags: Annotated[str | None, tyro.conf.arg(metavar="WHICH")] = None
+    """What policies are told of a prompt's task: true, wrong, none, or what the classifier says."""
     prompts: int | None = None
     """How many of each task and length."""
     max_tokens: int = 64
@@ -96,8 +98,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _suite(args: Eval) -> Suite:
     suite = read_suite(args.suite)
-    names = ("policies", "budgets", "tasks", "lengths", "protocols", "prompts", "rows", "page_size")
-    given = {name: getattr(args, name) for name in names if getattr(args, name)}
+    names = (
+        "policies",
+        "budgets",
+        "tasks",
+        "lengths",
+        "protocols",
+        "prompts",
+        "rows",
+        "page_size",
+        "tags",
+    )
+    given = {name: getattr(args, name) for name in names if getattr(args, name) not in (None, ())}
     if args.data:
         tasks = task_names(args.data)
         given |= {"make": make_from_files(args.data, args.max_tokens), "tasks": tasks}

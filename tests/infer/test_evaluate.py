@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from kvjax.configs.eval_tasks import make_prompts, needed
+from kvjax.configs.task_prompts import make_prompts, needed
 from kvjax.errors import InputError
 from kvjax.infer import cli
 from kvjax.infer.evaluate import Model, evaluate, read_answers
