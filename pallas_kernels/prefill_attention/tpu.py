@@ -25,6 +25,12 @@ def prefill_attention_splash(
     q: Array, k: Array, v: Array, window: int, scale: float, interpret: bool = False
 ) -> tuple[Array, Array]:
     """See `api.prefill_attention`."""
+    return _with_lse(q, k, v, window, scale, interpret)
+
+
+def _with_lse(
+    q: Array, k: Array, v: Array, window: int, scale: float, interpret: bool
+) -> tuple[Array, Array]:
     kernel = _kernel(q, window, save_residuals=True, interpret=interpret)
     out, (lse,) = jax.vmap(kernel)(*_by_head(q, k, v, scale))
     return _by_token(out, q), jnp.swapaxes(lse, 1, 2)
@@ -40,7 +46,7 @@ def _forward(
     out, backward = jax.vjp(attend, q, k, v)
     # The kernel that has a gradient does not give the lse. Where nobody asks for it, as in
     # training, the second one is not run.
-    _, lse = prefill_attention_splash(q, k, v, window, scale, interpret)
+    _, lse = _with_lse(q, k, v, window, scale, interpret)
     return (out, lse), backward
 
 
