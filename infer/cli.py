@@ -17,6 +17,7 @@ _COMMANDS = {
     "search": ("kvjax.infer.commands.search", "solve questions by tree search"),
     "video": ("kvjax.infer.commands.video", "go on from a first frame"),
     "train lm": ("kvjax.train.lm", "train a small language model"),
+    "train task-classifier": ("kvjax.train.task_classifier", "tell finding from gathering"),
     "train prm": ("kvjax.train.prm", "teach a policy to judge its own beginnings"),
     "train video": ("kvjax.train.video", "train a causal video diffusion transformer"),
     "train frame_features": ("kvjax.train.frame_features", "train what judges moving digits"),

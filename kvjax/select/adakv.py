@@ -67,4 +67,5 @@ def adaptive_counts(
     more = keep_best(rest, left).reshape(layers, rows, heads, slots)
     counts = jnp.moveaxis(kept + jnp.swapaxes(jnp.sum(more, axis=-1, dtype=jnp.int32), 1, 2), 1, 0)
     whole = share_out(counts, heads * even[:, 0], view.page_size, (0,))
-    return jnp.minimum(jnp.moveaxis(whole, 0, 1), view.length)
+    counts = jnp.where(even >= view.length, view.length, jnp.moveaxis(whole, 0, 1))
+    return jnp.minimum(counts, view.length)
