@@ -41,6 +41,7 @@ def test_the_bounds_of_80_frames(other, variant, bound):
     )
 
 
+@pytest.mark.slow
 def test_command(capsys):
     sizes = ["--model", "tiny", "--dtype", "float32", "--steps", "1", "--frames", "2"]
     sizes += ["--chunk", "2", "--max-prefix", "3", "--variants", "none", "--methods", "ca2"]

@@ -41,6 +41,7 @@ def chunks(model, count, first=FIRST, keys=KEYS, options=CA2, text=None):
     return np.asarray(jnp.concatenate(list(made), axis=1))
 
 
+@pytest.mark.slow
 def test_the_cache_equals_recomputing_everything(model):
     """With the same noise, past the first frames that leave; 1e-4 after three steps a chunk."""
     joint = chunks(model, 3, options=dataclasses.replace(CA2, method="joint"))
@@ -99,24 +100,23 @@ def test_a_lightly_noised_prefix_changes_what_follows(model):
     assert np.abs(chunks(model, 1, options=noised) - chunks(model, 1)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_guidance():
-    """Two rows a video; at 1 it is the text's video, and otherwise neither."""
-    model = split_video_model(tiny_model(max_prefix=5, num_layers=2, text_dim=6))
-    text = Text(jax.random.normal(jax.random.key(7), (2, 120, 6)), jnp.ones((2, 120), bool))
+    """Two rows a video, with caches of their own: at 0 the video without text, beyond 1 neither."""
+    model = split_video_model(tiny_model(max_prefix=5, num_layers=2, text_dim=6, text_tokens=3))
+    text = Text(jax.random.normal(jax.random.key(7), (2, 3, 6)), jnp.ones((2, 3), bool))
     null = model.merge().no_text(2)
     pair = jax.tree.map(lambda *x: jnp.concatenate(x), null, text)
 
     def made(guidance, text):
-        sampler = dataclasses.replace(SAMPLER, guidance=guidance)
+        # DDIM has no use for the variance, which would be that of the rows with text.
+        sampler = dataclasses.replace(SAMPLER, kind="ddim", guidance=guidance)
         return chunks(model, 2, options=Rollout(sampler=sampler), text=text)
 
-    plain, without = made(1.0, text), made(1.0, null)
-    close_to_one = made(1.0 + 1e-6, pair)
-    np.testing.assert_allclose(close_to_one, plain, atol=1e-3)
-    strong = made(3.0, pair)
+    plain, without, strong = made(1.0, text), made(1.0, null), made(3.0, pair)
+    np.testing.assert_allclose(made(0.0, pair)[:, :4], without[:, :4], atol=1e-4)
     assert np.abs(strong - plain).max() > 0.01
     assert np.abs(plain - without).max() > 0.01
-    np.testing.assert_allclose(made(1e-9, pair), without, atol=1e-3)
 
 
 def test_all_methods_agree_before_anything_is_forgotten(model):
