@@ -12,7 +12,7 @@ from kvjax.infer.search.policies import (
     Policy,
     Rebase,
 )
-from kvjax.infer.search.rows import Held, Reward
+from kvjax.infer.search.rows import Held, Reward, chat_turns, tags_between
 from kvjax.infer.search.tree import KVSizes, Node, fold_seed, kv_sizes
 
 __all__ = [
@@ -33,10 +33,12 @@ __all__ = [
     "Reward",
     "SearchParams",
     "Searched",
+    "chat_turns",
     "choose",
     "fold_seed",
     "kv_sizes",
     "last_number_or_box",
     "same_answer",
     "search",
+    "tags_between",
 ]

@@ -282,7 +282,7 @@ def _judge(
     """Judges the new leaves, and sets those aside that have ended."""
     clock = time.perf_counter()
     named = [(number, leaf) for number, tree in enumerate(trees) for leaf in tree.leaves]
-    sequences = [leaf.sequence() for _, leaf in named]
+    sequences = [reward.render(leaf) for _, leaf in named]
     scores = judge(reward, theirs, [(n, leaf.path) for n, leaf in named], sequences)
     for (number, leaf), score in zip(named, scores, strict=True):
         leaf.score = score

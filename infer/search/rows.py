@@ -8,7 +8,7 @@ and what it no longer holds is free at once.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import numpy as np
 
@@ -18,10 +18,14 @@ from kvjax.infer.engine import Engine, Output
 from kvjax.infer.llm import LLM
 from kvjax.infer.prefix import check_idle
 from kvjax.infer.sampling import MAX_STOP_IDS, SamplingParams
+from kvjax.infer.search.tree import Node
 from kvjax.models.reward import TokenReward, ValueReward
 from kvjax.plan import Request
 
-__all__ = ["Draw", "Drawn", "Held", "Reward", "StepEnds", "draw_steps", "judge", "step_ends"]
+__all__ = [
+    "Draw", "Drawn", "Held", "Reward", "StepEnds", "chat_turns", "draw_steps", "judge",
+    "step_ends", "tags_between",
+]  # fmt: skip
 
 
 class Held:
@@ -174,14 +178,48 @@ class Reward:
     Attributes:
         llm: whose tokenizer must be the policy's; the policy itself, if it judges its own steps.
         head: how it says its judgement.
+        render: the tokens that stand for a node and those before it, where they are not the
+            policy's own: `tags_between` and `chat_turns` make such.
     """
 
     llm: LLM
     head: TokenReward | ValueReward
+    render: Callable[[Node], tuple[int, ...]] = Node.sequence
 
     def targets(self) -> tuple[int, ...]:
         """Tokens whose log-probabilities `head.reward` takes."""
         return (self.head.good, self.head.bad) if isinstance(self.head, TokenReward) else (0,)
+
+
+def tags_between(tag: Sequence[int]) -> Callable[[Node], tuple[int, ...]]:
+    """For models that saw a tag after every step, as Math-Shepherd's did: `tag` is its `ask`."""
+
+    def render(node: Node) -> tuple[int, ...]:
+        root, *steps = node.lineage()
+        before = (token for step in steps[:-1] for token in (*step.tokens, *tag))
+        return (*root.tokens, *before, *(steps[-1].tokens if steps else ()))
+
+    return render
+
+
+def chat_turns(llm: LLM, good: str = "+") -> Callable[[Node], tuple[int, ...]]:
+    """For models that answer every step as a chat's turn, as RLHFlow's do.
+
+    The first user's turn is the question and the first step. Steps before were found good.
+    """
+    tokenizer = llm.tokenizer
+    if tokenizer is None:
+        raise InputError("the reward model's folder has no tokenizer.json: it judges by chat")
+
+    def render(node: Node) -> tuple[int, ...]:
+        question, (first, *others) = node.lineage()[0].text, node.steps() or [""]
+        chat = [{"role": "user", "content": f"{question} {first.strip()}"}]
+        for step in others:
+            chat.append({"role": "assistant", "content": good})
+            chat.append({"role": "user", "content": step.strip()})
+        return tuple(tokenizer.encode_chat(chat))
+
+    return render
 
 
 def judge(

@@ -23,12 +23,14 @@ from kvjax.infer.search import (
     Rebase,
     Reward,
     SearchParams,
+    chat_turns,
     choose,
     fold_seed,
     kv_sizes,
     last_number_or_box,
     same_answer,
     search,
+    tags_between,
 )
 from kvjax.infer.search.picture import tree_json, tree_svg
 from kvjax.infer.search.rows import Held, StepEnds, judge, step_ends
@@ -307,7 +309,7 @@ def test_answers_are_found_where_they_are_announced():
     assert last_number_or_box("nothing") is None
 
 
-def test_a_head_is_read_through_an_output_layer(llm, tmp_path):
+def test_a_model_with_a_head_judges_from_a_cache_of_its_own(llm, tmp_path):
     """`ValueReward` on `value_decoder` is the sigmoid of the head."""
     graph, params = models_for_tests.random_decoder()
     kernel = jnp.asarray(np.random.default_rng(5).normal(size=48) * 0.3, jnp.float32)
@@ -315,20 +317,36 @@ def test_a_head_is_read_through_an_output_layer(llm, tmp_path):
     loaded = LLM.load(_saved(tmp_path), max_rows=8, page_size=PAGE)
     grid = dataclasses.replace(loaded.engine.grid, row_buckets=(8,), token_buckets=(96,))
     loaded.engine = type(loaded.engine)(*made, grid, loaded.engine.cache.num_pages)
-    sequences = [tuple(range(1, n)) for n in (5, 9, 14)]
     head = ValueReward(vocab_size=300, bias=0.25)
+    other = Reward(loaded, head)
+    (tree,), cost = sample(llm, other, Rebase(0.05), QUESTIONS[:1])
+    assert llm.engine.planner.ledger.held == loaded.engine.planner.ledger.held == 0
+    assert cost.pages_peak > 0
+    nodes = [node for node in tree.root.walk() if node.parent][:5]
+    sequences = [node.sequence() for node in nodes]
     held = Held(loaded.engine)
-    found = judge(Reward(loaded, head), held, ["a", "b", "c"], sequences)
+    found = judge(other, held, range(len(sequences)), sequences)
+    assert held.pages > 0
     held.close()
-    for value, sequence in zip(found, sequences, strict=True):
-        decoder = nnx.merge(graph, params)
-        tokens = jnp.asarray([sequence], jnp.int32)
-        place = jnp.arange(len(sequence), dtype=jnp.int32)[None]
-        attend = causal_attend(models_for_tests.CONFIG.layer_windows())
-        hidden, _ = decoder(tokens, place, None, attend)
-        z = float(hidden[0, -1] @ kernel) + 0.25
+    decoder = nnx.merge(graph, params)
+    attend = causal_attend(models_for_tests.CONFIG.layer_windows())
+    for node, value, sequence in zip(nodes, found, sequences, strict=True):
+        tokens = jnp.zeros((1, 96), jnp.int32).at[0, : len(sequence)].set(jnp.asarray(sequence))
+        hidden, _ = decoder(tokens, jnp.arange(96, dtype=jnp.int32)[None], None, attend)
+        z = float(hidden[0, len(sequence) - 1] @ kernel) + 0.25
         # The value is read back from a log-probability of float32 among 300.
         assert value == pytest.approx(1 / (1 + math.exp(-z)), abs=1e-4)
+        assert node.score == pytest.approx(value, abs=1e-5)
+
+
+def test_what_other_kinds_of_judges_are_shown(llm):
+    root = Node(None, (1, 2), "Why?")
+    a = Node(root, (3,), "so. ", path=(0,))
+    b = Node(a, (4, 5), "then. ", path=(0, 0))
+    assert tags_between((9,))(a) == (1, 2, 3)
+    assert tags_between((9,))(b) == (1, 2, 3, 9, 4, 5)
+    shown = llm.tokenizer.decode(list(chat_turns(llm)(b)))
+    assert shown == "user: Why? so.\nassistant: +\nuser: then.\n"
 
 
 def _saved(folder):
