@@ -44,6 +44,7 @@ MODELS = {
 }  # fmt: skip
 
 _SHAPE, _RATES = Shape(), Rates()
+Answers = dict[int, list[int]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,8 +136,8 @@ def build(args: BenchBatch) -> Engine:
 
 def run_policy(
     args: BenchBatch, engine: Engine, policy: str, kv_tokens: int, requests: Sequence[Request]
-) -> dict[str, Any]:
-    """Answers all requests; figures of the run."""
+) -> tuple[dict[str, Any], Answers]:
+    """Answers all requests; figures of the run, and the tokens of each."""
     server = policy in ("sorted-lru", "fcfs-lru", "none")
     ledger = PageLedger(kv_tokens // args.page_size)
     planner = make_planner(policy, engine.grid, ledger, optimistic=server)
@@ -145,13 +146,15 @@ def run_policy(
     engine.planner = cast(FirstCome, watch)
     for request in requests:
         planner.add(request)
-    drawn = 0
+    answers: Answers = {request.id: [] for request in requests}
     with CompilationCount() as compiled:
         for outputs in engine.run():
-            drawn += sum(len(output.tokens) for output in outputs)
+            for output in outputs:
+                answers[output.id].extend(output.tokens)
     seconds = time.perf_counter() - start
+    drawn = sum(map(len, answers.values()))
     prompts = sum(len(request.prompt) for request in requests)
-    return {
+    figures = {
         "seconds": round(seconds, 3),
         "output_tokens_per_second": round(drawn / seconds, 1),
         "requests_per_second": round(len(requests) / seconds, 3),
@@ -162,6 +165,20 @@ def run_policy(
         "planning_seconds": round(watch.planning, 3),
         "compilations": compiled.count,
         **watch.calls.figures(args.rates),
+    }
+    return figures, answers
+
+
+def agreement(answers: Answers, others: Answers) -> dict[str, float]:
+    """Which part of the answers is the same, and of their first tokens.
+
+    Rounding depends on how work is cut. Where two tokens are about equally likely, as they often
+    are to random weights, an answer may go another way from there on.
+    """
+    pairs = [(answers[i], others[i]) for i in answers]
+    return {
+        "first_tokens_equal": round(sum(a[:1] == b[:1] for a, b in pairs) / len(pairs), 4),
+        "answers_equal": round(sum(a == b for a, b in pairs) / len(pairs), 4),
     }
 
 
@@ -185,9 +202,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     requests = micro(args.shape, outputs, args.seed, config.vocab_size)
     best = perfect_seconds(requests, config, args.rates, budget=args.token_buckets[-1])
     results: dict[str, dict[str, Any]] = {}
+    first: Answers = {}
     for kv_tokens in args.kv_tokens:
         for policy in args.policies:
-            figures = run_policy(args, engine, policy, kv_tokens, requests)
+            figures, answers = run_policy(args, engine, policy, kv_tokens, requests)
+            first = first or answers
+            figures |= agreement(answers, first)
             results.setdefault(str(kv_tokens), {})[policy] = figures
             _say(args, f"{kv_tokens} tokens of memory, {policy}: {json.dumps(figures)}")
     if args.json:

@@ -70,6 +70,7 @@ def test_the_command_compares_policies(capsys):
     for some in figures["kv_tokens"].values():
         assert some["exact"]["saved"] == pytest.approx(1 - (3 * 20 + 12 * 5) / (12 * 25))
         assert all(run["compilations"] == 0 for run in some.values())
+        assert all(run["answers_equal"] == 1 for run in some.values())  # float32
     assert figures["kv_tokens"]["60"]["exact"]["peak_pages"] <= 15
     assert np.isfinite(figures["roofline_seconds"])
     with pytest.raises(InputError, match="no model 'huge'"):
