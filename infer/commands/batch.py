@@ -43,8 +43,10 @@ class Batch(ModelOptions):
     youngest wait and are computed again."""
     plan: Annotated[str, tyro.conf.arg(metavar="NAME")] = "multi"
     """How requests are planned. multi: the whole batch, all levels of what prompts share. exact:
-    one level. lifting, naive: simpler rules for one level. sorted-lru: sorted, with a cache.
-    fcfs-lru: in the file's order, with a cache. none: in the file's order, nothing is shared."""
+    one level. lifting, naive: simpler rules for one level. These read what requests share once for
+    all of them; the last bits of a result then depend on the others. sorted-lru: sorted, with a
+    cache. fcfs-lru: in the file's order, with a cache. none: in the file's order, nothing is
+    shared. A body's "expected_tokens" helps to order a planned batch."""
     prefix: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """A beginning that `LLM.save_prefix` saved: requests that share it do not compute it."""
     json: bool = False
