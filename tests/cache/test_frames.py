@@ -100,9 +100,9 @@ def test_bytes_are_the_formulas():
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_capacity_from_bytes(platform):
     """The largest that fits."""
-    config = paper(capacity=1, prefix_frames=3).with_memory(2**30, platform)
+    config = paper(capacity=1, prefix_frames=3).with_memory(2**31, platform)
     more = dataclasses.replace(config, capacity=config.capacity + 1)
-    assert config.nbytes(platform) <= 2**30 < more.nbytes(platform)
+    assert config.nbytes(platform) <= 2**31 < more.nbytes(platform)
     assert paper(capacity=1).with_memory(25 * 63 * 2**19, "gpu").capacity == 25
     with pytest.raises(InputError, match="holds nothing"):
         paper(prefix_frames=3).with_memory(1000, platform)
