@@ -6,10 +6,11 @@ On digits that training has not seen: expected accuracy above 0.9, of ten yes or
 """
 
 from kvjax.train.frame_features import FrameFeaturesConfig
+from kvjax.train.lm_config import Machine
 
 config: FrameFeaturesConfig = FrameFeaturesConfig(
     network="clips",
-    steps=1500,
-    batch_size=128,
-    save_every=100,
+    steps=2000,
+    batch_size=256,
+    machine=Machine(workers=12),
 )

@@ -6,10 +6,11 @@ Of 297 digits that training has not seen, in crops with noise: expected accuracy
 """
 
 from kvjax.train.frame_features import FrameFeaturesConfig
+from kvjax.train.lm_config import Machine
 
 config: FrameFeaturesConfig = FrameFeaturesConfig(
     network="digits",
-    steps=600,
-    batch_size=256,
-    save_every=100,
+    steps=1500,
+    batch_size=512,
+    machine=Machine(workers=8),
 )

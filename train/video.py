@@ -171,19 +171,22 @@ def _text(model: VideoDiT, config: VideoConfig, batch: Batch, keys: Array) -> Te
 
 
 def first_model(config: VideoConfig) -> tuple[nnx.GraphDef[Any], nnx.State[Any, Any]]:
-    """A fresh model, split, whose gates are open.
+    """A fresh model, split, in which timesteps say little at first, and gates are as asked.
 
-    Near zero, where the released model starts them, they let little through for thousands of
-    steps. New attentions start as nothing anyhow, since their output layers are zero.
+    At full size the timesteps' modulations would drown a block's own.
     """
     graph, params = nnx.split(VideoDiT(config.model, rngs=nnx.Rngs(config.seed)))
 
-    def open_gates(path: tuple, x: Array) -> Array:
+    def begin(path: tuple, x: Array) -> Array:
         names = [getattr(key, "key", None) for key in path]
-        gates = jnp.zeros(6, x.dtype).at[jnp.array([2, 5])].set(1.0)
-        return x + gates[None, :, None] if names[:2] == ["blocks", "table"] else x
+        if names[:2] == ["blocks", "table"]:
+            gates = jnp.zeros(6, x.dtype).at[jnp.array([2, 5])].set(config.gates)
+            return x + gates[None, :, None]
+        timed = names[:2] in (["modulation", "kernel"], ["time_up", "kernel"],
+                              ["time_down", "kernel"])  # fmt: skip
+        return 0.3 * x if timed else x
 
-    return graph, jax.tree_util.tree_map_with_path(open_gates, params)
+    return graph, jax.tree_util.tree_map_with_path(begin, params)
 
 
 def make_optimizer(config: VideoConfig) -> optax.GradientTransformation:

@@ -44,6 +44,8 @@ class VideoConfig:
         text_dropout: how often a clip's text is replaced by none, for guidance.
         learning_rate: the highest; after the warm-up a cosine takes it to 1 % of that.
         adam_share: what Adam, which trains all but the matrices, takes of the learning rate.
+        gates: about which a block's gates begin. At 0, as the released model starts, they let
+            little through at first; at 1 all.
         warmup_steps: in which the learning rate rises from 0.
         adam_b2: of Adam.
         step: how a step computes: type, parts, clipping, average.
@@ -73,7 +75,8 @@ class VideoConfig:
     text_dropout: float = 0.1
     learning_rate: float = 2e-3
     warmup_steps: int = 100
-    adam_share: float = 0.5
+    adam_share: float = 0.25
+    gates: float = 0.0
     adam_b2: float = 0.98
     step: StepOptions = dataclasses.field(
         default_factory=lambda: StepOptions(clip_norm=1.0, ema_decay=0.999)

@@ -62,23 +62,19 @@ class DigitClassifier(nnx.Module):
 
 
 class ClipFeatures(nnx.Module):
-    """Features float32[N, 64] of clips float32[N, 16, 32, 32, 1] from -1 to 1.
+    """Features float32[N, 64] of clips float32[N, 16, 32, 32, 1] from -1 to 1."""
 
-    The frames are the channels of the first convolution: cheap, and enough to see motion.
-    """
-
-    def __init__(self, width: int = 32, features: int = 64, *, rngs: nnx.Rngs) -> None:
-        sizes = (CLIP_FRAMES, width, 2 * width, 4 * width)
+    def __init__(self, width: int = 24, features: int = 64, *, rngs: nnx.Rngs) -> None:
+        sizes = (1, width, 2 * width, 4 * width)
         self.convs: nnx.List = nnx.List(
-            [_conv(i, o, (3, 3), rngs, strides=2) for i, o in itertools.pairwise(sizes)]
+            [_conv(i, o, (3, 3, 3), rngs, strides=2) for i, o in itertools.pairwise(sizes)]
         )
-        flat = 4 * 4 * sizes[-1]
+        flat = 2 * 4 * 4 * sizes[-1]
         self.features: nnx.Linear = nnx.Linear(flat, features, precision="highest", rngs=rngs)
         self.out: nnx.Linear = nnx.Linear(features, 14, precision="highest", rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         """The features."""
-        x = jnp.moveaxis(x[..., 0], 1, -1)
         for conv in self.convs:
             x = jax.nn.relu(conv(x))
         return self.features(x.reshape(x.shape[0], -1))

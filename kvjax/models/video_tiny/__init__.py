@@ -1,0 +1,1 @@
+"""The built-in video model `video-tiny`, and the networks that judge moving digits."""
