@@ -1,4 +1,4 @@
-"""Makes tests/select/golden/kvpress.npz: what the presses of kvpress keep of a random model's cache.
+"""Makes tests/select/golden/kvpress.npz: what presses of kvpress keep of a random model's cache.
 
 kvpress needs an older transformers than everything else here, so this runs by itself:
 
