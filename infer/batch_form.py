@@ -23,9 +23,10 @@ _INT, _NUMBER, _BOOL = (int,), (int, float), (bool,)
 _SAID = {_INT: "an integer", _NUMBER: "a number", _BOOL: "true or false"}
 
 _GENERATION = {
-    "max_tokens", "expected_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty",
-    "frequency_penalty", "repetition_penalty", "logit_bias", "seed", "n", "stop", "stop_token_ids",
-    "ignore_eos", "logprobs", "prompt_logprobs", "return_tokens_as_token_ids",
+    "max_tokens", "expected_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p",
+    "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "seed", "n",
+    "stop", "stop_token_ids", "ignore_eos", "logprobs", "prompt_logprobs",
+    "return_tokens_as_token_ids",
 }  # fmt: skip
 _USED = {
     CHAT: _GENERATION | {"messages", "max_completion_tokens", "top_logprobs"},
