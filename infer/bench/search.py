@@ -27,10 +27,7 @@ from kvjax.models.countdown.game import problem
 
 __all__ = ["BenchSearch", "bootstrap_interval", "main"]
 
-_DEFAULT = (
-    "best-of-n", "rebase", "rebase,width=8", "beam", "dvts", "ets,clusters=state",
-    "ets,clusters=none,lambda_d=0",
-)  # fmt: skip
+_DEFAULT = ("rebase", "best-of-n", "dvts", "ets,clusters=state,lambda_b=2")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +37,7 @@ class BenchSearch:
     runs: Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN ...")] = _DEFAULT
     """Searches, such as ets,width=64,lambda_b=1.5,clusters=state: `kvjax search --help` has the
     names. Those without a width have --width."""
-    width: int = 16
+    width: int = 8
     """Continuations of a level."""
     task: str = "countdown"
     """countdown, or countdown-deep, where each operation is three steps."""
