@@ -96,8 +96,16 @@ def evaluate(
 
     Returns:
         The lines of this suite, those of an earlier run included.
+
+    Raises:
+        InputError: something of the suite cannot be used, or stands in the file.
     """
     combinations = combine(suite)
+    if (longest := max(suite.lengths)) > model.config.max_positions:
+        raise InputError(
+            f"{longest} tokens: {model.name} was made for {model.config.max_positions}; "
+            "give shorter --lengths"
+        )
     classify = _classifier(model) if suite.tags == "classifier" else None
     lines = {_key(line): line for line in read_answers(answers)}
     wanted = [c.name for c in combinations], [c.budget for c in combinations]

@@ -194,6 +194,8 @@ def test_the_command_writes_a_report(tmp_path, capsys):
         (["--tasks", "poetry"], "no tasks poetry"),
         (["--protocols", "C"], "no protocols C"),
         (["--data", "missing.jsonl"], "missing.jsonl: no such file"),
+        (["--lengths", "4096"], "4096 tokens: tiny was made for 2048"),
+        (["--tags", "some"], "no tags 'some'"),
     ],
 )
 def test_bad_input_ends_in_one_line(arguments, message, capsys):
