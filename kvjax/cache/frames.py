@@ -118,7 +118,8 @@ class FrameRingConfig:
     def frame_bytes(self, platform: str) -> int:
         """Bytes of one more frame in the ring, as the device lays it out.
 
-        A TPU fills the last axis up to 128 and tiles frames by 8 (32-bit types) or 16.
+        A TPU that keeps the order of the axes fills the last one up to 128 and frames up to 8 or
+        16; this is the most. XLA prefers an order without filling where it may choose.
         """
         return self._bytes(self.capacity, platform) // self.capacity
 
