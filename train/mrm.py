@@ -102,8 +102,8 @@ def make_optimizer(config: MRMConfig) -> optax.GradientTransformation:
         rate = optax.schedules.linear_schedule(0.0, rate, config.warmup_steps)
     adamw = optax.adamw(rate, weight_decay=config.weight_decay)
     plain = optax.adam(rate)
-    frozen = adamw if config.full else optax.set_to_zero()
-    parts: dict[Any, optax.GradientTransformation] = {"base": frozen, "lora": adamw, "head": plain}
+    base = adamw if config.full else optax.set_to_zero()
+    parts: dict[Any, optax.GradientTransformation] = {"base": base, "lora": adamw, "head": plain}
 
     def labels(params: dict[str, Any]) -> dict[str, Any]:
         return {name: jax.tree.map(lambda _: name, part) for name, part in params.items()}  # noqa: B023
