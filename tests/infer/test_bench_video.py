@@ -13,7 +13,7 @@ def macs(method, variant, number, **options):
     return chunk_macs(config, method, number, steps=1, released=True) / 1e12
 
 
-def test_multiply_adds_are_the_dossiers():
+def test_multiply_adds_are_those_counted_by_hand():
     """Per denoising call at XL/2, in 10^12, as counted from the released model."""
     assert [macs("ca2", "none", i) for i in (0, 1, 2, 3, 9)] == pytest.approx(
         [1.253, 1.254, 1.255, 1.256, 1.256], abs=6e-4
