@@ -20,7 +20,9 @@ _DEPTHS = 10
 _MARKS = "osv^D<>ph*Xd"
 
 
-def write_report(folder: Path, results: Sequence[dict[str, Any]], lines: Sequence[dict]) -> None:
+def write_report(
+    folder: Path, results: Sequence[dict[str, Any]], lines: Sequence[dict[str, Any]]
+) -> None:
     """Writes curves_*.png, depth_*.png, and report.html with both and the table.
 
     Args:

@@ -110,7 +110,8 @@ class VideoOutput:
         """
         if path.suffix.lower() not in SUFFIXES:
             raise InputError(f"{path}: unknown kind of video; use one of {', '.join(SUFFIXES)}")
-        self.path, self._fps, self._scale = path, fps, scale
+        self.path: Path = path
+        self._fps, self._scale = fps, scale
         self._frames: list[np.ndarray] = []
         self._written = 0
 

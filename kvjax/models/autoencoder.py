@@ -117,7 +117,7 @@ class _Attention(nnx.Module):
         self.to_q: nnx.Linear = linear()
         self.to_k: nnx.Linear = linear()
         self.to_v: nnx.Linear = linear()
-        self.to_out: nnx.List = nnx.List([linear()])
+        self.to_out: nnx.List[Any] = nnx.List([linear()])
 
     def __call__(self, x: Array) -> Array:
         h = self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
@@ -130,11 +130,11 @@ class _Attention(nnx.Module):
 class _Middle(nnx.Module):
     def __init__(self, size: int, config: AutoencoderConfig, *, rngs: nnx.Rngs) -> None:
         groups = config.norm_num_groups
-        self.resnets: nnx.List = nnx.List(
+        self.resnets: nnx.List[Any] = nnx.List(
             [_Residual(size, size, groups, rngs=rngs) for _ in range(2)]
         )
         attends = config.mid_block_add_attention
-        self.attentions: nnx.List = nnx.List(
+        self.attentions: nnx.List[Any] = nnx.List(
             [_Attention(size, groups, rngs=rngs)] if attends else []
         )
 
@@ -162,15 +162,15 @@ class _Level(nnx.Module):
         self, inputs: int, outputs: int, count: int, groups: int, resample: str, *, rngs: nnx.Rngs
     ) -> None:
         sizes = [inputs] + [outputs] * (count - 1)
-        self.resnets: nnx.List = nnx.List(
+        self.resnets: nnx.List[Any] = nnx.List(
             [_Residual(size, outputs, groups, rngs=rngs) for size in sizes]
         )
         down, up = (
             [_Resampler(outputs, down=kind == "down", rngs=rngs)] if kind == resample else []
             for kind in ("down", "up")
         )
-        self.downsamplers: nnx.List = nnx.List(down)
-        self.upsamplers: nnx.List = nnx.List(up)
+        self.downsamplers: nnx.List[Any] = nnx.List(down)
+        self.upsamplers: nnx.List[Any] = nnx.List(up)
 
     def __call__(self, x: Array) -> Array:
         for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
@@ -184,7 +184,7 @@ class _Encoder(nnx.Module):
         self.conv_in: nnx.Conv = _conv(config.in_channels, sizes[0], rngs=rngs)
         ways = ["down"] * (len(sizes) - 1) + [""]
         levels = zip(sizes[:1] + sizes, sizes, ways, strict=False)
-        self.down_blocks: nnx.List = nnx.List(
+        self.down_blocks: nnx.List[Any] = nnx.List(
             [_Level(i, o, config.layers_per_block, groups, way, rngs=rngs) for i, o, way in levels]
         )
         self.mid_block: _Middle = _Middle(sizes[-1], config, rngs=rngs)
@@ -206,7 +206,7 @@ class _Decoder(nnx.Module):
         self.mid_block: _Middle = _Middle(sizes[0], config, rngs=rngs)
         ways = ["up"] * (len(sizes) - 1) + [""]
         levels, count = zip(sizes[:1] + sizes, sizes, ways, strict=False), config.layers_per_block
-        self.up_blocks: nnx.List = nnx.List(
+        self.up_blocks: nnx.List[Any] = nnx.List(
             [_Level(i, o, count + 1, groups, way, rngs=rngs) for i, o, way in levels]
         )
         norm = nnx.GroupNorm(sizes[-1], groups, epsilon=1e-6, rngs=rngs)

@@ -48,7 +48,7 @@ class DigitClassifier(nnx.Module):
 
     def __init__(self, width: int = 32, *, rngs: nnx.Rngs) -> None:
         sizes = (1, width, 2 * width, 2 * width)
-        self.convs: nnx.List = nnx.List(
+        self.convs: nnx.List[Any] = nnx.List(
             [_conv(i, o, (3, 3), rngs) for i, o in itertools.pairwise(sizes)]
         )
         flat = 2 * 2 * sizes[-1]
@@ -66,7 +66,7 @@ class ClipFeatures(nnx.Module):
 
     def __init__(self, width: int = 24, features: int = 64, *, rngs: nnx.Rngs) -> None:
         sizes = (1, width, 2 * width, 4 * width)
-        self.convs: nnx.List = nnx.List(
+        self.convs: nnx.List[Any] = nnx.List(
             [_conv(i, o, (3, 3, 3), rngs, strides=2) for i, o in itertools.pairwise(sizes)]
         )
         flat = 2 * 4 * 4 * sizes[-1]

@@ -56,7 +56,7 @@ def _linear(inputs: tuple[int, ...], outputs: tuple[int, ...], rngs: nnx.Rngs) -
 class _Layer(nnx.Module):
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
         e, heads, f = config.d_model, (config.num_heads, config.d_kv), config.d_ff
-        self.eps = config.layer_norm_epsilon
+        self.eps: float = config.layer_norm_epsilon
         self.attn_norm: Weight = nnx.Param(jnp.ones(e))
         self.q: Linear = _linear((e,), heads, rngs)
         self.k: Linear = _linear((e,), heads, rngs)

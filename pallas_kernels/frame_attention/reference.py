@@ -5,6 +5,7 @@ product, as flash attention does, so that it runs on tensor cores.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def frame_attention_reference(
     return out.astype(q.dtype)
 
 
-def dtype_product(dtype: jnp.dtype) -> functools.partial:
+def dtype_product(dtype: jnp.dtype) -> Callable[..., Array]:
     """An `einsum` whose sums are float32, and whose products are those of the dtype."""
     # float32 means float32, on accelerators too, where the default is a shorter product.
     precision = "highest" if dtype == jnp.float32 else None

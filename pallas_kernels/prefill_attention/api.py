@@ -50,9 +50,10 @@ def prefill_attention(
     """
     rest = window, q.shape[-1] ** -0.5 if scale is None else scale
     if implementation == "splash":
-        if not fits_splash(q, window):
+        # A mask that is data would be held whole.
+        if not isinstance(window, int) or not fits_splash(q):
             raise NotImplementedError(f"splash attention of q {q.shape} with {window=}")
-        return prefill_attention_splash(q, k, v, *rest)
+        return prefill_attention_splash(q, k, v, window, rest[1])
     if implementation == "cudnn":
         if not fits_cudnn(q):
             raise NotImplementedError(f"cuDNN's attention of {q.dtype} q {q.shape}")

@@ -15,16 +15,22 @@ Array = jax.Array
 _LANES = 128
 
 
-def fits_splash(q: Array, window: object) -> bool:
-    """Whether it takes queries [B, T, H, D]: a mask that is data would be held whole."""
-    return isinstance(window, int) and q.shape[1] % _LANES == 0
+def fits_splash(q: Array) -> bool:
+    """Whether it takes queries [B, T, H, D]."""
+    return q.shape[1] % _LANES == 0
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def prefill_attention_splash(
     q: Array, k: Array, v: Array, window: int, scale: float, interpret: bool = False
 ) -> tuple[Array, Array]:
     """See `api.prefill_attention`."""
+    return _splash(q, k, v, window, scale, interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _splash(
+    q: Array, k: Array, v: Array, window: int, scale: float, interpret: bool
+) -> tuple[Array, Array]:
     return _with_lse(q, k, v, window, scale, interpret)
 
 
@@ -57,7 +63,7 @@ def _backward(
     return backward(gradients[0])
 
 
-prefill_attention_splash.defvjp(_forward, _backward)
+_splash.defvjp(_forward, _backward)
 
 
 def _kernel(q: Array, window: int, *, save_residuals: bool, interpret: bool) -> Callable[..., Any]:
