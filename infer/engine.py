@@ -239,11 +239,9 @@ class _Here(Executor):
 def _spared_heap() -> Iterator[None]:
     """Lets the garbage collector pass over all that is there already, such as JAX's many objects.
 
-    Going through them takes a quarter of a second, in which nothing is given to the device.
+    Going through them takes a quarter of a second, in which nothing is given to the device. What a
+    program has frozen itself is thawed with them.
     """
-    if gc.get_freeze_count():  # somebody else's
-        yield
-        return
     gc.freeze()
     try:
         yield

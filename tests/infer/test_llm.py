@@ -129,13 +129,14 @@ def test_streamed_pieces_make_the_text_and_an_early_end_frees_the_pages(llm):
             assert pieces[chunk.index] == chunk.completion.text
     assert len(pieces) == 2
     stream = llm.stream(prompts(12), GREEDY)
+    before = gc.get_freeze_count()  # since Python 3.12 some objects always are
     next(stream)
-    assert gc.get_freeze_count()  # what was there before is spared while it runs
+    assert gc.get_freeze_count() > before + 1000  # what was there is spared while it runs
     with pytest.raises(InputError, match="unfinished"):
         llm.generate("meanwhile")
     assert llm.engine.planner.ledger.held > 0
     stream.close()
-    assert not gc.get_freeze_count()
+    assert gc.get_freeze_count() <= before
     assert llm.engine.planner.ledger.held == 0 and not llm.engine.planner.busy
 
 
