@@ -108,7 +108,7 @@ class Engine:
         if sum(x.nbytes for x in jax.tree.leaves(params)) >= _LARGE:
             split = split_layers(params, consume=consume)
             graph, params, layers = join_products(graph, *split)
-        self._graph = graph
+        self.graph: nnx.GraphDef[Any] = graph  # of the decoder that the parameters are of
         self._params: Params = (params, layers)
         self._programs: dict[Bucket, Callable[..., tuple[EngineState, Drawn]]] = {}
         self._give_seats: Callable[..., EngineState] | None = None
@@ -142,7 +142,7 @@ class Engine:
                 threads.submit(place.lower(self.state, to_words(seats)).compile, options): None
             }
             for bucket in buckets:
-                run = functools.partial(step, self._graph, self.grid, bucket)
+                run = functools.partial(step, self.graph, self.grid, bucket)
                 jitted = jax.jit(run, donate_argnums=1, out_shardings=self._shardings)
                 nothing = to_words(StepPlan.empty(self.grid, bucket))
                 lowered = jitted.lower(self._params, self.state, nothing)

@@ -17,7 +17,6 @@ from flax import nnx
 from kvjax.infer.llm import LLM
 from kvjax.infer.search.tree import Node
 from kvjax.models.attention import causal_attend
-from kvjax.models.decoder import Decoder
 from kvjax.plan.tree_clusters import average_linkage
 
 __all__ = ["HiddenClusters", "hidden_clusters"]
@@ -60,11 +59,10 @@ class HiddenClusters:
 def hidden_clusters(llm: LLM, threshold: float) -> HiddenClusters:
     """Clusters by the hidden states of a model."""
     engine = llm.engine
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(engine.model, rngs=nnx.Rngs(0))))
 
     @jax.jit
     def embed(params: Any, tokens: Array, first: Array, end: Array) -> Array:
-        decoder = nnx.merge(graph, params[0])
+        decoder = nnx.merge(engine.graph, params[0])
         place = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         attend = causal_attend(engine.model.layer_windows())
         positions = jnp.broadcast_to(place, tokens.shape)

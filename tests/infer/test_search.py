@@ -32,6 +32,7 @@ from kvjax.infer.search import (
     search,
     tags_between,
 )
+from kvjax.infer.search.features import hidden_clusters
 from kvjax.infer.search.picture import tree_json, tree_svg
 from kvjax.infer.search.rows import Held, StepEnds, judge, step_ends
 from kvjax.infer.search.tasks import equal_text
@@ -380,3 +381,17 @@ def test_a_tree_can_be_looked_at(llm, reward):
     told = tree_json(tree.root)
     assert told["width"] == PARAMS.width
     assert len(told["children"]) == len(tree.root.children)
+
+
+def test_hidden_states_are_the_same_with_joined_products(tmp_path, monkeypatch):
+    """A large model's engine has other parameters, and a graph to go with them."""
+    folder = _saved(tmp_path)
+    leaves = [Node(Node(None, (1, 2, 3), ""), (4, 5), "", path=(0,)), Node(None, (7, 8), "")]
+    vectors = []
+    for large in (2**30, 0):
+        monkeypatch.setattr("kvjax.infer.engine._LARGE", large)
+        loaded = LLM.load(folder, max_rows=2, page_size=PAGE)
+        vectors.append(hidden_clusters(loaded, 0.1).vectors(leaves))
+    assert "qkv" in loaded.engine.params[1][0]
+    # The same products, some of them wider: the last bits of float32.
+    np.testing.assert_allclose(vectors[1], vectors[0], atol=1e-5)
