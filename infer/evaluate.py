@@ -316,10 +316,12 @@ def _run(
     cache = sizes.cache(model.config)
     page_bytes = cache.page_bytes(jax.default_backend())
     whole = -(-batch.length // sizes.page_size) * cache.num_layers * cache.num_kv_heads
-    pool, table, held = jax.tree.map(jnp.copy, filled.pool), filled.table, whole
+    table, held = filled.table, whole
     recall, error = np.ones(sizes.rows), np.zeros(sizes.rows)
     start = time.perf_counter()
-    if combination.policy is not None:
+    if combination.policy is None:
+        pool = jax.tree.map(jnp.copy, filled.pool)  # the answer writes into it
+    else:
         token_bytes = page_bytes // sizes.page_size * cache.num_layers * cache.num_kv_heads
         budget = parse_budget(combination.budget)
         tokens = budget.tokens(batch.length, token_bytes, sizes.page_size)

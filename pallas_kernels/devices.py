@@ -1,10 +1,16 @@
-"""Which device a function is traced for."""
+"""Which device a function is traced for, and what its libraries take."""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-__all__ = ["default_device"]
+__all__ = ["CUDNN_TILE", "default_device", "fits_cudnn"]
+
+CUDNN_TILE: int = 128
+"""Keys of a tile of cuDNN's flash attention. At 64 keys more than a multiple of it the gradient is
+NaN as soon as all scores of a query are below -88 (pytorch/pytorch issue 196678; a training run on
+an H200 ended with such a gradient): give it whole tiles."""
 
 
 def default_device() -> Any:
@@ -13,3 +19,8 @@ def default_device() -> Any:
     if device is None or isinstance(device, str):
         device = jax.local_devices(backend=device)[0]
     return device
+
+
+def fits_cudnn(q: jax.Array) -> bool:
+    """Whether cuDNN's flash attention takes queries [..., D], backwards too."""
+    return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128

@@ -18,7 +18,7 @@ from kvjax.cache import PageLedger
 from kvjax.errors import InputError
 from kvjax.infer.bench.workloads import WORKLOADS, Shape, make_workload
 from kvjax.infer.commands.shared import parse_arguments
-from kvjax.infer.planners import POLICIES, make_planner
+from kvjax.infer.planners import PLANNED, POLICIES, make_planner
 from kvjax.plan import FirstCome, Grid, Request
 
 __all__ = ["Accelerator", "BenchBatchSim", "Counts", "main", "simulate"]
@@ -177,7 +177,7 @@ class BenchBatchSim:
 def run_policy(args: BenchBatchSim, policy: str, requests: Sequence[Request]) -> Counts:
     """Simulates one policy."""
     budget = max(1, args.budget // args.scale)
-    planned = policy not in ("none", "fcfs-lru", "sorted-lru")
+    planned = policy in PLANNED
     rows = args.rows or budget if planned else max(1, args.peer_rows // args.scale)
     longest = max(len(request.prompt) + request.max_tokens for request in requests)
     grid = Grid(

@@ -27,9 +27,9 @@ def causal_attend(windows: Array | int | None = None) -> Attend:
     """
 
     def attend(layer: Array, q: Array, k: Array, v: Array, state: object) -> tuple[Array, object]:
-        window = windows if isinstance(windows, int) else 0
-        if windows is not None and not isinstance(windows, int):
-            window = windows[layer]
+        window = 0 if windows is None else windows
+        if not isinstance(window, int):
+            window = window[layer]
         return prefill_attention(q, k, v, window=window)[0], state
 
     return attend

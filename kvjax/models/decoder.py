@@ -223,11 +223,6 @@ class JoinedBlock(Block):
         self.gate_up: Linear = Linear((c.embed_dim,), (2, c.mlp_dim), c.mlp_bias, dtype, rngs=rngs)
         del self.q, self.k, self.v, self.gate, self.up
 
-    @staticmethod
-    def abstract(config: DecoderConfig) -> tuple[nnx.GraphDef[Any], nnx.State[Any, Any]]:
-        """The layer without its numbers."""
-        return nnx.split(nnx.eval_shape(lambda: JoinedBlock(config, rngs=nnx.Rngs(0))))
-
     def _heads(self, y: Array) -> tuple[Array, Array, Array]:
         x = self.qkv(y)
         q = x[..., :-2, :].reshape(*x.shape[:-3], self.config.num_heads, self.config.head_dim)
@@ -371,34 +366,38 @@ def join_products(
         The same three of a decoder of `JoinedBlock`s.
     """
     decoder = nnx.merge(graph, params)
-    joined = tuple(_join(decoder.config, layer) for layer in layers)
-    decoder.blocks = nnx.merge(JoinedBlock.abstract(decoder.config)[0], joined[0])
+    abstract = nnx.eval_shape(lambda: JoinedBlock(decoder.config, rngs=nnx.Rngs(0)))
+    block, shapes = nnx.split(abstract)
+    joined = tuple(_join(decoder.config, shapes, layer) for layer in layers)
+    decoder.blocks = nnx.merge(block, joined[0])
     return *nnx.split(decoder), joined
 
 
-def _join(config: DecoderConfig, layer: nnx.State[Any, Any]) -> nnx.State[Any, Any]:
+def _join(
+    config: DecoderConfig, shapes: nnx.State[Any, Any], layer: nnx.State[Any, Any]
+) -> nnx.State[Any, Any]:
+    """A layer's parameters in the structure of `shapes`."""
     old = nnx.to_pure_dict(layer)
     groups = config.num_kv_heads, -1, config.head_dim
 
     def heads(part: str) -> Array:
         parts = [old[name][part] for name in "qkv"]
-        by_head = [x.reshape(*x.shape[:-2], *groups) for x in parts]
-        return _joined(parts, by_head, axis=-2)
+        return _joined(parts, [x.reshape(*x.shape[:-2], *groups) for x in parts])
 
     def gates(part: str) -> Array:
         parts = [old[name][part] for name in ("gate", "up")]
-        return _joined(parts, [x[..., None, :] for x in parts], axis=-2)
+        return _joined(parts, [x[..., None, :] for x in parts])
 
     new = {name: x for name, x in old.items() if name not in ("q", "k", "v", "gate", "up")}
     new["qkv"] = {part: heads(part) for part in old["q"]}
     new["gate_up"] = {part: gates(part) for part in old["gate"]}
-    _, state = JoinedBlock.abstract(config)
+    state = jax.tree.map(lambda x: x, shapes)
     nnx.replace_by_pure_dict(state, new)
     return state
 
 
-def _joined(parts: list[Array], shaped: list[Array], axis: int) -> Array:
-    joined = jnp.concatenate(shaped, axis).block_until_ready()
+def _joined(parts: list[Array], shaped: list[Array]) -> Array:
+    joined = jnp.concatenate(shaped, axis=-2).block_until_ready()
     for part in parts:  # memory holds the parameters once
         part.delete()
     return joined

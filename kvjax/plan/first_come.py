@@ -181,7 +181,7 @@ class FirstCome:
     def promised_pages(self) -> int:
         """Pages that the seated rows may yet need."""
         size = self.grid.page_size
-        return sum([-(-row.most // size) - len(row.branch.pages) for row in self._rows])
+        return sum(row.future_pages(size) for row in self._rows)
 
     @property
     def busy(self) -> bool:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kvjax.pallas_kernels.devices import default_device
+from kvjax.pallas_kernels.devices import CUDNN_TILE, default_device, fits_cudnn
 from kvjax.pallas_kernels.frame_attention.reference import dtype_product
 
 __all__ = ["place_attention"]
@@ -38,12 +38,6 @@ def place_attention(
 
 
 def _best(q: Array, k: Array, mask: Array | None) -> str:
-    """CuDNN's flash attention where it takes the heads, which have a multiple of 8 channels.
-
-    And where the keys fill its tiles of 128: at 64 more than that its gradient is NaN as soon as a
-    query's scores are all below -88 (pytorch/pytorch issue 196678; a training run on an H200 ended
-    with such a gradient).
-    """
-    fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    fits = fits and k.shape[1] % 128 == 0
+    """CuDNN's flash attention where it takes the heads and the keys fill its tiles."""
+    fits = fits_cudnn(q) and k.shape[1] % CUDNN_TILE == 0
     return "cudnn" if fits and mask is None and default_device().platform == "gpu" else "xla"

@@ -5,7 +5,8 @@ from typing import Literal
 
 import jax
 
-from kvjax.pallas_kernels.prefill_attention.gpu import fits_cudnn, prefill_attention_cudnn
+from kvjax.pallas_kernels.devices import fits_cudnn
+from kvjax.pallas_kernels.prefill_attention.gpu import prefill_attention_cudnn
 from kvjax.pallas_kernels.prefill_attention.mask import Window
 from kvjax.pallas_kernels.prefill_attention.reference import prefill_attention_reference
 from kvjax.pallas_kernels.prefill_attention.tpu import fits_splash, prefill_attention_splash

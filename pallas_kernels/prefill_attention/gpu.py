@@ -3,20 +3,12 @@
 import jax
 import jax.numpy as jnp
 
+from kvjax.pallas_kernels.devices import CUDNN_TILE
 from kvjax.pallas_kernels.prefill_attention.mask import Window, attention_options
 
-__all__ = ["fits_cudnn", "prefill_attention_cudnn"]
+__all__ = ["prefill_attention_cudnn"]
 
 Array = jax.Array
-
-# At 64 keys more than a multiple of it cuDNN's gradient is NaN as soon as all scores of a query are
-# below -88 (pytorch/pytorch issue 196678).
-_TILE = 128
-
-
-def fits_cudnn(q: Array) -> bool:
-    """Whether cuDNN takes queries [B, T, H, D], backwards too."""
-    return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
 
 
 def prefill_attention_cudnn(
@@ -25,7 +17,7 @@ def prefill_attention_cudnn(
     """See `api.prefill_attention`."""
     length = q.shape[1]
     # Nobody sees what comes after: padding at the end changes nothing before it.
-    padding = ((0, 0), (0, -length % _TILE), (0, 0), (0, 0))
+    padding = ((0, 0), (0, -length % CUDNN_TILE), (0, 0), (0, 0))
     q, k, v = (jnp.pad(x, padding) for x in (q, k, v))
     # jax.nn mixes dtypes there; strict promotion is for our own arithmetic.
     with jax.numpy_dtype_promotion("standard"):
