@@ -5,7 +5,6 @@ What they are, and what for, says `kvjax.models.frame_features`.
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +28,7 @@ from kvjax.moving_digits import DigitImages, MovingDigits, Scene, load_digit_ima
 from kvjax.train.data import step_dataset
 from kvjax.train.lm_config import Machine
 from kvjax.train.loop import run
-from kvjax.train.program import named_config, run_main, settle, train_options
+from kvjax.train.program import named_config, run_main, settle, show_result, train_options
 from kvjax.train.step import Loss, StepOptions, Sums, init_state, make_mesh, make_step
 from kvjax.video_files import to_unit
 
@@ -231,11 +230,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = train_options(argv, "frame_features", "frame_digits", read_config, _ABOUT)
     result = train(options.fields, options.out)
-    if options.json:
-        print(json.dumps(result))
-    else:
-        print(f"{result['steps']} steps; accuracy {result['accuracy']:.1%}; {result['model']}")
-    return 0
+    line = f"{result['steps']} steps; accuracy {result['accuracy']:.1%}; {result['model']}"
+    return show_result(result, line, options.json)
 
 
 if __name__ == "__main__":

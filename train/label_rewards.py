@@ -7,7 +7,6 @@ model, a safety world judges what its own speaker says.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from kvjax.errors import InputError
 from kvjax.models import hf
 from kvjax.models.attention import causal_attend
 from kvjax.models.reward import TokenReward, read_reward
-from kvjax.train.program import run_main
+from kvjax.train.program import run_main, show_result
 from kvjax.train.reward_data import write_rewards
 from kvjax.train.tasks.safety import SafetyWorld, sample
 
@@ -161,11 +160,8 @@ def main(argv: list[str] | None = None) -> int:
             "rows": len(file["tokens"]), "rewards": int(file["mask"].sum()),
             "seen_tokens": int(file["seen"].sum()), "file": str(options.out),
         }  # fmt: skip
-    if options.json:
-        print(json.dumps(result))
-    else:
-        print(f"{result['rewards']} rewards of {result['rows']} texts; see {options.out}")
-    return 0
+    line = f"{result['rewards']} rewards of {result['rows']} texts; see {options.out}"
+    return show_result(result, line, options.json)
 
 
 def _label_file(model: Path, texts: Path, out: Path, rows: int) -> None:

@@ -5,7 +5,6 @@ answer. Documents grow in stages, since finding a value is learnt soonest where 
 """
 
 import functools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +31,7 @@ from kvjax.train.loop import run
 from kvjax.train.losses import cross_entropy, output_kernel
 from kvjax.train.metrics import Work
 from kvjax.train.optimizers import muon_cosine
-from kvjax.train.program import run_main, settle, train_options
+from kvjax.train.program import run_main, settle, show_result, train_options
 from kvjax.train.remat import layer_remat
 from kvjax.train.step import Loss, Sums, init_state, make_mesh, make_step
 from kvjax.train.tasks import Mixture
@@ -303,14 +302,11 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = train_options(argv, "lm", "lm_tiny", read_config, _ABOUT)
     result = train(options.fields, options.out)
-    if options.json:
-        print(json.dumps(result))
-    else:
-        print(
-            f"{result['steps']} steps; {result['exact_match']:.1%} of {result['eval_prompts']} "
-            f"fresh questions answered right; the model is in {result['model']}"
-        )
-    return 0
+    line = (
+        f"{result['steps']} steps; {result['exact_match']:.1%} of {result['eval_prompts']} "
+        f"fresh questions answered right; the model is in {result['model']}"
+    )
+    return show_result(result, line, options.json)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ tokens before it, its own (Saffron-1, arXiv 2506.06444, section 4.2). Since the 
 one pass over a text does that for all of its tokens.
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from kvjax.train.flops import decoder_step_flops
 from kvjax.train.loop import run
 from kvjax.train.metrics import Work
 from kvjax.train.mrm_config import MRMConfig, read_config
-from kvjax.train.program import run_main, settle, train_options
+from kvjax.train.program import run_main, settle, show_result, train_options
 from kvjax.train.reward_data import RewardBatch, RewardFile, make_batches
 from kvjax.train.step import Loss, Sums, init_state, make_mesh, make_step
 
@@ -204,14 +203,11 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = train_options(argv, "mrm", "mrm_tiny", read_config, _ABOUT)
     result = train(options.fields, options.out)
-    if options.json:
-        print(json.dumps(result))
-    else:
-        print(
-            f"{result['steps']} steps; rewards are foretold to within {result['mae']} on average "
-            f"(R² {result['r2']}) on {result['measured_on']}; the model is in {result['model']}"
-        )
-    return 0
+    line = (
+        f"{result['steps']} steps; rewards are foretold to within {result['mae']} on average "
+        f"(R² {result['r2']}) on {result['measured_on']}; the model is in {result['model']}"
+    )
+    return show_result(result, line, options.json)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ play has already.
 """
 
 import functools
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from kvjax.train.prm_data import (
     sample_problems,
 )
 from kvjax.train.prm_gates import gates, judge_quality
-from kvjax.train.program import run_main, settle, train_options
+from kvjax.train.program import run_main, settle, show_result, train_options
 from kvjax.train.rollouts import make_sampler
 from kvjax.train.step import Loss, Sums, init_state, make_mesh, make_step
 
@@ -216,17 +215,14 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = train_options(argv, "prm", "prm_countdown", read_config, _ABOUT)
     result = train(options.fields, options.out)
-    if options.json:
-        print(json.dumps(result))
-    else:
-        failed = [name for name, holds in result["gates"].items() if not holds]
-        print(
-            f"the policy is right in {result['success']:.1%} of its plays, and foretells "
-            f"{result['mean_chance']:.1%}; "
-            + (f"gates that fail: {', '.join(failed)}" if failed else "all gates hold")
-            + f"; the model is in {result['model']}"
-        )
-    return 0
+    failed = [name for name, holds in result["gates"].items() if not holds]
+    line = (
+        f"the policy is right in {result['success']:.1%} of its plays, and foretells "
+        f"{result['mean_chance']:.1%}; "
+        + (f"gates that fail: {', '.join(failed)}" if failed else "all gates hold")
+        + f"; the model is in {result['model']}"
+    )
+    return show_result(result, line, options.json)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import tyro
 
 from kvjax.errors import InputError
 
-__all__ = ["TrainOptions", "named_config", "run_main", "settle", "train_options"]
+__all__ = ["TrainOptions", "named_config", "run_main", "settle", "show_result", "train_options"]
 
 
 def named_config(name: str, program: str, prefix: str) -> Any:
@@ -128,6 +128,12 @@ def _differences(a: Any, b: Any) -> list[str]:
     )
     names = sorted(flat_a.keys() | flat_b.keys())
     return [name for name in names if flat_a.get(name) != flat_b.get(name)]
+
+
+def show_result(result: dict[str, Any], line: str, as_json: bool) -> int:
+    """Ends a program's output with its result, as a line or as JSON; returns the exit status 0."""
+    print(json.dumps(result) if as_json else line)
+    return 0
 
 
 def run_main(main: Callable[[], int]) -> None:

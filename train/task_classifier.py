@@ -6,7 +6,6 @@ tasks, on prompts of a form that was not trained on.
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from kvjax.errors import InputError
 from kvjax.models.task_classifier import TaskClassifier, ends
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.models.weights import save_weights
+from kvjax.train.program import show_result
 from kvjax.train.tasks import AGGREGATION, TASKS, Mixture, Setting
 from kvjax.train.tasks.encode import ChatEncoder
 
@@ -122,14 +122,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "held_out": list(options.held_out),
         "weights": str(options.out),
     }
-    if options.json:
-        print(json.dumps(figures))
-    else:
-        print(
-            f"{100 * figures['accuracy']:.1f} % of fresh prompts told right; of tasks never seen "
-            f"{100 * figures['accuracy_held_out']:.1f} %. See {options.out}"
-        )
-    return 0
+    line = (
+        f"{100 * figures['accuracy']:.1f} % of fresh prompts told right; of tasks never seen "
+        f"{100 * figures['accuracy_held_out']:.1f} %. See {options.out}"
+    )
+    return show_result(figures, line, options.json)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from kvjax.train.flops import video_step_flops
 from kvjax.train.loop import run
 from kvjax.train.metrics import Work
 from kvjax.train.optimizers import muon_cosine
-from kvjax.train.program import run_main, settle, train_options
+from kvjax.train.program import run_main, settle, show_result, train_options
 from kvjax.train.remat import layer_remat
 from kvjax.train.step import Loss, Sums, TrainState, init_state, make_mesh, make_step
 from kvjax.train.video_config import VideoConfig, read_config
@@ -318,13 +318,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = train_options(argv, "video", "video_tiny", read_config, _ABOUT)
     result = train(options.fields, options.out)
-    if options.json:
-        print(json.dumps(result))
-    else:
-        print(
-            f"{result['steps']} steps; mse {result['mse']:.4f}; the model is in {result['model']}"
-        )
-    return 0
+    line = f"{result['steps']} steps; mse {result['mse']:.4f}; the model is in {result['model']}"
+    return show_result(result, line, options.json)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,38 @@ is wrong, late, shared wrongly or given away too early changes what is drawn.
 import zlib
 from collections import deque
 
+import hypothesis.strategies as st
 import numpy as np
 
+from kvjax.plan import Request
+
 VOCABULARY = 7
+
+
+def requests_of_documents(most):
+    """Up to so many requests whose prompts begin with parts of the same three documents."""
+    parts = st.tuples(
+        st.integers(0, 2),  # which document
+        st.integers(0, 14),  # how much of it
+        st.lists(st.integers(0, 3), min_size=1, max_size=6),  # the question
+        st.integers(1, 12),
+        st.sets(st.integers(0, VOCABULARY - 1), max_size=2),  # what ends it
+        st.none() | st.integers(1, 6),  # what is scored
+    )
+    return st.lists(parts, min_size=1, max_size=most).map(_as_requests)
+
+
+def _as_requests(specs):
+    found = []
+    for i, (document, part, question, max_tokens, stop, score) in enumerate(specs):
+        prompt = (*range(100 * document + 1, 100 * document + 1 + part), *question)
+        found.append(
+            Request(
+                id=i, prompt=prompt, max_tokens=max_tokens, stop_ids=frozenset(stop),
+                score_from=score if score is None or score < len(prompt) else None,
+            )
+        )  # fmt: skip
+    return found
 
 
 def successor(tokens):

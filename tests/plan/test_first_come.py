@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pages_of_tokens import VOCABULARY, Device, drive, rollout
+from pages_of_tokens import Device, drive, requests_of_documents, rollout
 
 from kvjax.cache import PageLedger
 from kvjax.plan import FirstCome, Grid, Request
@@ -119,55 +119,34 @@ def test_the_youngest_make_room_and_lose_nothing():
     assert planner.preemptions > 0 and planner.ledger.held == 0
 
 
-requests = st.lists(
-    st.tuples(
-        st.integers(0, 2),  # which document
-        st.integers(0, 14),  # how much of it
-        st.lists(st.integers(0, 3), min_size=1, max_size=6),  # the question
-        st.integers(1, 12),
-        st.sets(st.integers(0, VOCABULARY - 1), max_size=2),  # what ends it
-        st.none() | st.integers(1, 6),  # what is scored
-    ),
-    min_size=1,
-    max_size=12,
-)
-
-
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
-    requests, st.integers(6, 20), st.booleans(), st.booleans(), st.integers(0, 2),
+    requests_of_documents(12), st.integers(6, 20), st.booleans(), st.booleans(), st.integers(0, 2),
     st.sets(st.integers(0, 11)),
 )  # fmt: skip
 def test_every_answer_is_its_own_whatever_the_memory(
-    specs, num_pages, fixed, optimistic, ahead, gone
+    requests, num_pages, fixed, optimistic, ahead, gone
 ):
     """No page is lost, shared wrongly or written by two; nothing waits for ever; answers do not
     depend on memory, company, chunks, preemption, or how far the host plans ahead."""
     grid = dataclasses.replace(GRID, fixed=fixed)
     planner, device = planner_and_device(num_pages, grid, optimistic=optimistic)
-    prompts = []
-    for i, (document, part, question, max_tokens, stop, score) in enumerate(specs):
-        prompts.append((*range(100 * document + 1, 100 * document + 1 + part), *question))
-        score = score if score is None or score < len(prompts[i]) else None
-        planner.add(
-            Request(
-                id=i, prompt=prompts[i], max_tokens=max_tokens, stop_ids=frozenset(stop),
-                score_from=score,
-            )
-        )  # fmt: skip
+    for request in requests:
+        planner.add(request)
 
     def cancel(calls):
         if calls == 4:
             planner.cancel(gone)
 
     answers, _ = drive(planner, device, ahead, cancel)
-    for i, (_, _, _, max_tokens, stop, score) in enumerate(specs):
-        expected = rollout(prompts[i], min(max_tokens, 24 - len(prompts[i]) + 1), stop)
+    for i, request in enumerate(requests):
+        prompt, stop, score = request.prompt, request.stop_ids, request.score_from
+        expected = rollout(prompt, min(request.max_tokens, 24 - len(prompt) + 1), stop)
         if i not in gone:
             reason = "stop" if expected[-1] in stop else "length"
             assert answers[i] == (expected, reason)
-            for place in range(score, len(prompts[i])) if score else ():
-                assert prompts[i][: place + 1] in device.scored
+            for place in range(score, len(prompt)) if score else ():
+                assert prompt[: place + 1] in device.scored
         elif i in answers:
             assert answers[i][0] == expected[: len(answers[i][0])]
     assert planner.ledger.held == 0

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pages_of_tokens import VOCABULARY, Device, drive, rollout
+from pages_of_tokens import VOCABULARY, Device, drive, requests_of_documents, rollout
 
 from kvjax.cache import PageLedger
 from kvjax.plan import Grid, Request, TokenBatches
@@ -149,41 +149,18 @@ def test_cancelled_requests_give_everything_back():
             assert planned is None or planner.accept(planned, device(planned)) == []
 
 
-requests = st.lists(
-    st.tuples(
-        st.integers(0, 2),  # which document
-        st.integers(0, 14),  # how much of it
-        st.lists(st.integers(0, 3), min_size=1, max_size=6),  # the question
-        st.integers(1, 12),
-        st.sets(st.integers(0, VOCABULARY - 1), max_size=2),  # what ends it
-        st.none() | st.integers(1, 6),  # what is scored
-    ),
-    min_size=1,
-    max_size=14,
-)
-
-
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
-    requests, st.integers(6, 20), st.booleans(), st.booleans(), st.integers(0, 2),
+    requests_of_documents(14), st.integers(6, 20), st.booleans(), st.booleans(), st.integers(0, 2),
     st.sets(st.integers(0, 13), max_size=5), st.sampled_from(METHODS), st.integers(0, 14),
 )  # fmt: skip
 def test_every_answer_is_its_own_whatever_the_memory(
-    specs, num_pages, fixed, optimistic, ahead, gone, method, late
+    requests, num_pages, fixed, optimistic, ahead, gone, method, late
 ):
     """200 batches: no page is lost, shared wrongly or written by two, and none waits for ever."""
     grid = dataclasses.replace(GRID, fixed=fixed)
     planner, device = planner_and_device(num_pages, grid, optimistic=optimistic, method=method)
-    prompts, todo = [], []
-    for i, (document, part, question, max_tokens, stop, score) in enumerate(specs):
-        prompts.append((*range(100 * document + 1, 100 * document + 1 + part), *question))
-        score = score if score is None or score < len(prompts[i]) else None
-        todo.append(
-            Request(
-                id=i, prompt=prompts[i], max_tokens=max_tokens, stop_ids=frozenset(stop),
-                score_from=score,
-            )
-        )  # fmt: skip
+    todo = list(requests)
     for request in todo[: late or None]:
         planner.add(request)
 
@@ -196,15 +173,16 @@ def test_every_answer_is_its_own_whatever_the_memory(
             planner.cancel(gone)
 
     answers, _ = drive(planner, device, ahead, interfere)
-    added = len(prompts) if not late else len(todo[:late]) if todo[late:] else len(prompts)
-    for i, (_, _, _, max_tokens, stop, _) in enumerate(specs[:added]):
-        expected = rollout(prompts[i], min(max_tokens, 24 - len(prompts[i]) + 1), stop)
+    added = late if late and todo[late:] else len(requests)
+    for i, request in enumerate(requests[:added]):
+        prompt, stop = request.prompt, request.stop_ids
+        expected = rollout(prompt, min(request.max_tokens, 24 - len(prompt) + 1), stop)
         if i not in gone:
             assert answers[i] == (expected, "stop" if expected[-1] in stop else "length")
         elif i in answers:
             assert answers[i][0] == expected[: len(answers[i][0])]
     if not (gone or late or optimistic):
-        total = sum(map(len, prompts))
+        total = sum(len(request.prompt) for request in requests)
         assert planner.prefill_tokens_computed == total - planner.planned_savings
     assert planner.ledger.held == 0
     assert planner.ledger.available == num_pages
