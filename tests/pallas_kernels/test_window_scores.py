@@ -87,11 +87,11 @@ def test_all_queries_see_no_later_token(case):
     np.testing.assert_allclose(scores[..., :n], expected, atol=2 * n * TOLERANCE / 8, rtol=0)
 
 
-@pytest.mark.parametrize("window", [1, 4, 8])
-@pytest.mark.parametrize("top", [None, 1, 2])
+@pytest.mark.parametrize(
+    ("window", "top"),
+    [(window, top) for window in (1, 4, 8) for top in (None, 1, 2) if (top or 1) <= window],
+)
 def test_windows_are_means_of_their_tokens(case, window, top):
-    if top is not None and top > window:
-        pytest.skip("more than the window has")
     q, k, alpha = case
     tokens = run(q, k, alpha)
     n, end = q.shape[2], q.shape[2] - alpha

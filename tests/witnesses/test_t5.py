@@ -1,10 +1,10 @@
 """The text encoder beside transformers', on random weights."""
 
 import json
-import os
 
 import numpy as np
 import pytest
+from parity_packages import required
 
 from kvjax.errors import InputError
 from kvjax.models.text_encoder import load_text_encoder
@@ -12,18 +12,9 @@ from kvjax.models.text_encoder import load_text_encoder
 WORDS = ["<pad>", "</s>", "<unk>", "a", "seven", "meets", "two", "and", "leaves"]
 
 
-def import_or_skip(name):
-    try:
-        return pytest.importorskip(name)
-    except pytest.skip.Exception:
-        if os.environ.get("KVJAX_REQUIRE_PARITY") == "1":
-            pytest.fail(f"KVJAX_REQUIRE_PARITY=1, but {name} cannot be imported")
-        raise
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    torch, transformers = import_or_skip("torch"), import_or_skip("transformers")
+    torch, transformers = required("torch"), required("transformers")
     import tokenizers
 
     path = tmp_path_factory.mktemp("t5")
@@ -48,7 +39,7 @@ def folder(tmp_path_factory):
 
 
 def test_texts_are_encoded_as_transformers_does(folder):
-    torch = import_or_skip("torch")
+    torch = required("torch")
     path, model = folder
     texts = ["a seven meets a two", "seven and two and seven and a two meets a seven leaves two a"]
     embed, mask = load_text_encoder(path)(texts, tokens=12)

@@ -6,10 +6,7 @@ where KVJAX_REQUIRE_PARITY=1 says that they must run.
 
 import dataclasses
 import datetime
-import importlib
 import json
-import os
-import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,25 +17,12 @@ import numpy as np
 import pytest
 import tokenizers
 from flax import nnx
+from parity_packages import required
 
 from kvjax.infer import LLM, SamplingParams
 from kvjax.models import Decoder, DecoderConfig, Rope, causal_attend
 from kvjax.models.hf import load, save
 from kvjax.models.tokenizer import Tokenizer
-
-
-def required(name: str) -> ModuleType:
-    """The package, or a skip, or a failure where the parity tests are required."""
-    try:
-        with warnings.catch_warnings():
-            # Both packages use what Python deprecates, while they are imported.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            warnings.simplefilter("ignore", FutureWarning)
-            return importlib.import_module(name)
-    except ImportError as error:
-        if os.environ.get("KVJAX_REQUIRE_PARITY") == "1":
-            pytest.fail(f"KVJAX_REQUIRE_PARITY=1, but {name} cannot be imported: {error}")
-        pytest.skip(f"{name} is not installed (pip install kvjax[parity])")
 
 
 @pytest.fixture(scope="module")
