@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kvjax.pallas_kernels.devices import default_device
+from kvjax.pallas_kernels.devices import default_device, on_hopper
 from kvjax.pallas_kernels.page_attention.gpu import page_attention_gpu, prepare_gpu, why_not
 from kvjax.pallas_kernels.page_attention.reference import page_attention_reference
 from kvjax.pallas_kernels.page_attention.tpu import page_attention_tpu
@@ -102,11 +102,6 @@ def _best(pool: Pages, num_heads: int, dtype: jnp.dtype, scale: float | None = N
     Choosing at lowering time (`jax.lax.platform_dependent`) would trace the kernels wherever
     there is no GPU too, which takes seconds a shape.
     """
-    if why_not(pool, num_heads, dtype, scale) is None and _on_hopper():
+    if why_not(pool, num_heads, dtype, scale) is None and on_hopper():
         return "gpu"
     return "tpu" if default_device().platform == "tpu" else "reference"
-
-
-def _on_hopper() -> bool:
-    device = default_device()
-    return device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"

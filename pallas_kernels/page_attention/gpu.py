@@ -8,17 +8,17 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from kvjax.pallas_kernels.devices import (
+    HOPPER_DIMS,
+    HOPPER_MULTIPROCESSORS,
+    HOPPER_PAGE_SIZES,
+)
 from kvjax.pallas_kernels.page_attention.gpu_plan import Plan, Shape, make_plan
 from kvjax.pallas_kernels.page_attention.work import Pages, WorkList
 
 __all__ = ["page_attention_gpu", "prepare_gpu", "why_not"]
 
 Array = jax.Array
-
-# Of an H100 SXM or an H200; a thread block takes a whole multiprocessor.
-_MULTIPROCESSORS = 132
-_DIMS = (64, 80, 96, 128, 256)
-_PAGE_SIZES = (8, 16, 32, 64, 128)
 
 
 def why_not(
@@ -32,10 +32,10 @@ def why_not(
         return f"{pool.position.shape=}; they take pages without true positions"
     if not dtype == pool.k.dtype == pool.v.dtype == jnp.bfloat16:
         return f"queries of {dtype}, {pool.k.dtype=}, {pool.v.dtype=}; they take bfloat16"
-    if dim not in _DIMS or size not in _PAGE_SIZES or num_heads * dim % 128:
+    if dim not in HOPPER_DIMS or size not in HOPPER_PAGE_SIZES or num_heads * dim % 128:
         return (
-            f"{pool.k.shape=}, {num_heads=}; they take D in {_DIMS}, P in {_PAGE_SIZES} and "
-            "H * D a multiple of 128"
+            f"{pool.k.shape=}, {num_heads=}; they take D in {HOPPER_DIMS}, "
+            f"P in {HOPPER_PAGE_SIZES} and H * D a multiple of 128"
         )
     if scale is not None and scale <= 0:
         return f"{scale=}; they take positive ones"
@@ -89,7 +89,7 @@ def page_attention_gpu(
         Sizes(
             shape=units.shape, heads=h, dim=d, page_size=size, layers_per_page=r,
             heads_per_page=c, head_groups=work.pages.shape[1], scale=scale, soft_cap=soft_cap,
-            windowed=windowed, blocks=_MULTIPROCESSORS, backwards=i % 2 == 1,
+            windowed=windowed, blocks=HOPPER_MULTIPROCESSORS, backwards=i % 2 == 1,
         )
         for i, units in enumerate(plan.classes)
     )  # fmt: skip
@@ -98,7 +98,7 @@ def page_attention_gpu(
         part_lse,
     )  # fmt: skip
     merge_partials(
-        plan.merge, plan.num_merges[None], out, lse, part, part_lse, blocks=_MULTIPROCESSORS
+        plan.merge, plan.num_merges[None], out, lse, part, part_lse, blocks=HOPPER_MULTIPROCESSORS
     )
     return jax.freeze(out).reshape(t, h, d), jax.freeze(lse)
 

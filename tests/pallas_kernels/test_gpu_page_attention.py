@@ -14,14 +14,10 @@ import pytest
 from test_page_attention import items
 
 from kvjax.cache import KVPool
+from kvjax.pallas_kernels.devices import on_hopper
 from kvjax.pallas_kernels.page_attention import WorkList, page_attention, prepare
 
 ROWS = 9
-
-
-def on_hopper():
-    device = jax.devices()[0]
-    return device.platform == "gpu" and device.compute_capability == "9.0"
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")]
