@@ -118,8 +118,13 @@ def video_loss(graph: nnx.GraphDef[Any], config: VideoConfig) -> Loss:
         )  # fmt: skip
         frames = _offsets(config, keys, prefix) + jnp.arange(x0.shape[1], dtype=jnp.int32)[None]
         text = _text(model, config, batch, keys)
-        out = model(clip.x, clip.t, prefix=prefix, frames=frames, text=text, remat=wrap)
-        row = prefix_loss(schedule, out, clip, x0, noise, prediction=config.prediction)
+        # One prefix for all rows is told by the length of the clips.
+        known = prefix if config.prefix_per_row else x0.shape[1] - chunk
+        out = model(clip.x, clip.t, prefix=known, frames=frames, text=text, remat=wrap)
+        row = prefix_loss(
+            schedule, out, clip, x0, noise,
+            prediction=config.prediction, x0_weight=config.x0_weight,
+        )  # fmt: skip
         metrics = {"mse": jnp.sum(row.mse)}
         if config.model.learned_variance:
             metrics["vb"] = jnp.sum(row.vb)

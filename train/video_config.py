@@ -35,6 +35,7 @@ class VideoConfig:
         every: of a video only every so many frames are taken.
         digits: how the digits move.
         prediction: what the model predicts: "eps", "x0" or "v".
+        x0_weight: the most that an error of "x0" counts, see `prefix_loss`.
         prefix_step: the noise level, 0 to 999, that the clean frames are given in training and, by
             default, in generation. It makes a model forgive its own small errors. None: clean.
         test_prefix_step: that of generation, if it is another; -1 is clean.
@@ -69,6 +70,7 @@ class VideoConfig:
     every: int = 1
     digits: MovingDigits = dataclasses.field(default_factory=MovingDigits)
     prediction: str = "v"
+    x0_weight: float = 1.0
     prefix_step: int | None = None
     test_prefix_step: int | None = None
     shift: bool = True
@@ -97,6 +99,8 @@ class VideoConfig:
         for name in ("steps", "batch_size", "every", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: give 1 or more")
+        if self.x0_weight < 1:
+            raise InputError(f"x0_weight is {self.x0_weight}: give 1 or more")
         for name in ("prefix_step", "test_prefix_step"):
             level = getattr(self, name)
             if level is not None and not -1 <= level < 1000:

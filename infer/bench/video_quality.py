@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
+from matplotlib.figure import Figure
 
 from kvjax.errors import InputError
 from kvjax.infer.commands.shared import parse_arguments
@@ -62,6 +63,8 @@ class VideoQuality:
     """float32 or bfloat16."""
     seed: int = 2_000_000
     """Of the scenes and of the noise."""
+    png: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Draw the curves into this picture."""
     json: bool = False
     """End with one JSON object on stdout."""
 
@@ -72,7 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("videos", "rows", "given", "chunks"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be 1 or more, not {getattr(args, name)}")
+    if args.png is not None and not args.png.parent.is_dir():
+        raise InputError(f"--png {args.png}: no such folder; make it, or give another")
     figures = measure(args, load_video_model(args.model, dtype=args.dtype))
+    if args.png is not None:
+        _curves(figures).savefig(args.png, format="png")
     if args.json:
         print(json.dumps(figures))
     else:
@@ -144,6 +151,26 @@ def _drift(features: Features, made: np.ndarray, real: np.ndarray, chunk: int) -
     )
     known = features(windows(real, 0))
     return [round(frechet_distance(features(windows(made, at)), known), 3) for at in places]
+
+
+def _curves(figures: dict[str, Any]) -> Figure:
+    """Errors, digits and drift by chunk, each beside what it is to be held against."""
+    panels = {
+        "mean squared error": ("mse", "mse_of_last_frame_repeated"),
+        "share of right digits": ("digit_agreement", "digit_agreement_of_truth"),
+        "Fréchet distance": ("frechet_digits", "frechet_digits_of_truth"),
+    }
+    if "fvd" in figures:
+        panels["FVD"] = ("fvd",)
+    figure = Figure(figsize=(4 * len(panels), 3.5), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for name in names:
+            values = figures[name]
+            axes.plot(range(1, len(values) + 1), values, marker="o", label=name)
+        axes.set(xlabel="chunk", title=title, ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small")
+    return figure
 
 
 def _print_table(figures: dict[str, Any]) -> None:

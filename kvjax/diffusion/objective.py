@@ -106,7 +106,7 @@ class Loss(NamedTuple):
     """Means over each row's targets, float32[B].
 
     Attributes:
-        loss: what is minimised, mse + vb.
+        loss: what is minimised, mse + vb, or mse with a weight.
         mse: the squared error of the prediction.
         vb: the variational bound in bits, which teaches the variance alone; 0 without.
     """
@@ -118,7 +118,7 @@ class Loss(NamedTuple):
 
 def prefix_loss(
     schedule: Schedule, out: Array, clip: NoisyClip, x0: Array, noise: Array,
-    *, prediction: str = "eps",
+    *, prediction: str = "eps", x0_weight: float = 1.0,
 ) -> Loss:  # fmt: skip
     """The masked loss of a network's output.
 
@@ -129,17 +129,23 @@ def prefix_loss(
         x0: float32[B, T, ..., C], the clip without noise.
         noise: what was added, of the same shape.
         prediction: "eps", "x0" or "v".
+        x0_weight: of "x0" the error counts 1 + SNR times, as it would as one of v (Salimans and Ho
+            2022), but at most so many times. 1 is the plain squared error, which hardly asks about
+            little noise; without a bound it asks about nothing else.
     """
     channels = x0.shape[-1]
     wanted = target(schedule, prediction, x0, noise, clip.step)
     mse = _mean((out[..., :channels] - wanted) ** 2, clip.target)
+    loss = mse
+    if prediction == "x0":
+        loss = loss * table_at(np.minimum(1 / (1 - schedule.alpha_bar), x0_weight), clip.step, 1)
     if out.shape[-1] == channels:
-        return Loss(mse, mse, jnp.zeros_like(mse))
+        return Loss(loss, mse, jnp.zeros_like(mse))
     # The bound teaches the variance and must not move the prediction.
     still = jax.lax.stop_gradient(out[..., :channels])
     still = jnp.concatenate([still, out[..., channels:]], axis=-1)
     vb = _mean(_bound(schedule, prediction, clip.x, still, x0, clip.step), clip.target)
-    return Loss(mse + vb, mse, vb)
+    return Loss(loss + vb, mse, vb)
 
 
 def _mean(value: Array, chosen: Array) -> Array:

@@ -103,14 +103,15 @@ class WholeClip:
     """Clean frames and noisy ones in one call, without a cache: training, and the baselines.
 
     Attributes:
-        prefix: int32[B], clean frames at the beginning, or None: not known, none matter.
+        prefix: int32[B], clean frames at the beginning; an int where all rows have as many, which
+            saves the work that only some rows would need; or None: not known, none matter.
         mask: bool[B or 1, T, T], which frame sees which.
         prefix_frames: how many clean frames a noisy one sees in its spatial attention.
         rotary: whether the temporal attention rotates by positions.
         clean: always False: there is no cache to write.
     """
 
-    prefix: Array | None
+    prefix: Array | int | None
     mask: Array
     prefix_frames: int = dataclasses.field(default=0, metadata={"static": True})
     rotary: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -118,14 +119,24 @@ class WholeClip:
 
     def spatial(self, qkv: Projections, held: HeldFrames | None, own: bool) -> Array:
         """See `FrameAttend`. A clean frame sees itself alone."""
-        alone = inside_frames(*qkv)
         if self.prefix is None or not self.prefix_frames:
-            return alone
+            return inside_frames(*qkv)
+        if isinstance(self.prefix, int):
+            return self._parted(qkv, self.prefix, own)
         back = jnp.arange(self.prefix_frames, dtype=jnp.int32)[None]
         last = jnp.maximum(self.prefix[:, None] - 1 - back, 0)[:, :, None, None, None]
         k, v = (jnp.take_along_axis(x, last, axis=1) for x in qkv[1:])
-        clean = jnp.arange(alone.shape[1])[None] < self.prefix[:, None]
-        return jnp.where(clean[:, :, None, None, None], alone, to_prefix(qkv, k, v, own))
+        clean = jnp.arange(qkv[0].shape[1])[None] < self.prefix[:, None]
+        alone, seeing = inside_frames(*qkv), to_prefix(qkv, k, v, own)
+        return jnp.where(clean[:, :, None, None, None], alone, seeing)
+
+    def _parted(self, qkv: Projections, prefix: int, own: bool) -> Array:
+        """The clean frames, and the noisy ones behind them, each with their own keys alone."""
+        last = [max(prefix - 1 - back, 0) for back in range(self.prefix_frames)]
+        k, v = (jnp.stack([x[:, i] for i in last], axis=1) for x in qkv[1:])
+        q, own_k, own_v = (x[:, prefix:] for x in qkv)
+        clean = inside_frames(*(x[:, :prefix] for x in qkv))
+        return jnp.concatenate([clean, to_prefix((q, own_k, own_v), k, v, own)], axis=1)
 
     def temporal(self, qkv: Projections, held: HeldFrames | None) -> Array:
         """See `FrameAttend`."""

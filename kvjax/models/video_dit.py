@@ -37,21 +37,25 @@ Weight = nnx.Param[Array]
 _TIME_FEATURES = 256
 
 
-def clip_mask(config: VideoDiTConfig, frames: int, prefix: Array | None = None) -> Array:
+def clip_mask(config: VideoDiTConfig, frames: int, prefix: Array | int | None = None) -> Array:
     """Which frame of a clip sees which: bool[B or 1, T, T].
 
     Args:
         config: says by `temporal` whether the past, the chunk or everything is seen.
         frames: T.
-        prefix: int32[B], clean frames at the beginning; "partial" needs it.
+        prefix: int32[B] or one int, clean frames at the beginning; "partial" needs it.
     """
     causal = jnp.tril(jnp.ones((1, frames, frames), bool))
     if config.temporal == "full":
         return jnp.ones_like(causal)
     if config.temporal == "causal" or prefix is None:
         return causal
-    noisy = jnp.arange(frames)[None] >= prefix[:, None]
-    return causal | noisy[:, :, None]
+    return causal | ~_clean(frames, prefix)[:, :, None]
+
+
+def _clean(frames: int, prefix: Array | int) -> Array:
+    """Which frames are clean, bool[B or 1, T]."""
+    return jnp.arange(frames)[None] < jnp.reshape(prefix, (-1, 1))
 
 
 def _null_text(config: VideoDiTConfig, rngs: nnx.Rngs) -> Array:
@@ -101,7 +105,7 @@ class VideoDiT(nnx.Module):
         x: Array,
         t: Array,
         *,
-        prefix: Array | None = None,
+        prefix: Array | int | None = None,
         frames: Array | None = None,
         mask: Array | None = None,
         text: Text | None = None,
@@ -114,7 +118,8 @@ class VideoDiT(nnx.Module):
         Args:
             x: [B, T, height, width, C], float.
             t: [B, T], 0 for clean frames; or [B], the same for all frames.
-            prefix: int32[B], how many frames at the beginning are clean; None: no frame is.
+            prefix: int32[B], how many frames at the beginning are clean, or an int for all rows,
+                which is less work; None: no frame is.
             frames: int32[T] or [B, T], indices that the cyclic positions follow; None: 0..T-1.
             mask: bool[B or 1, T, T], which frame sees which; None: as `clip_mask` says.
             text: of each row, for a model with text.
@@ -138,7 +143,7 @@ class VideoDiT(nnx.Module):
         )
         clean = jnp.zeros((1, length), bool)
         if prefix is not None:
-            clean = jnp.arange(length)[None] < prefix[:, None]
+            clean = _clean(length, prefix)
         tokens, time, modulation, text = self._enter(x, t, text)
         start = self._starter(frames, clean, tokens.dtype)
         graph, blocks = nnx.split(self.blocks)

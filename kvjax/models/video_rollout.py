@@ -258,14 +258,13 @@ def _next_recomputed(
         mask = history_mask(config, frames + config.chunk, given)
     rows = options.copies * history.shape[0]
     before = jnp.concatenate([_lightly(history, keys, number, options)] * options.copies)
-    prefix = jnp.full((rows,), frames, jnp.int32)
 
     def call(x: Array, t: Array) -> Array:
         zeros = jnp.zeros((rows, frames), t.dtype)
         times = jnp.broadcast_to(t[:, None], (rows, config.chunk))
         out = module(
             jnp.concatenate([before, x], axis=1), jnp.concatenate([zeros, times], axis=1),
-            prefix=prefix, mask=mask, text=text, layers=model.layers,
+            prefix=frames, mask=mask, text=text, layers=model.layers,
         )  # fmt: skip
         return out[:, frames:]
 

@@ -64,6 +64,26 @@ def test_means_over_the_targets():
     np.testing.assert_array_equal(alone.loss, alone.mse)
 
 
+def test_an_error_of_the_data_may_count_as_one_of_v():
+    """Without a bound the loss is that of v; with one it is the smaller of both weights."""
+    clip, out = clip_of()._replace(step=jnp.array([100, 500])), OUT[..., :1]
+    found, plain = (
+        prefix_loss(SCHEDULE, out, clip, X0, NOISE, prediction="x0", x0_weight=most)
+        for most in (5.0, 1.0)
+    )
+    np.testing.assert_array_equal(plain.loss, plain.mse)
+    natural = 1 / (1 - SCHEDULE.alpha_bar[500])
+    np.testing.assert_allclose(found.loss / plain.mse, [5, natural], rtol=1e-6)
+    x = noisy_clip(SCHEDULE, X0, NOISE, clip.step, PREFIX, 4).x
+    keep, noise = (np.sqrt(a)[:, None, None, None, None] for a in (
+        SCHEDULE.alpha_bar[[100, 500]], 1 - SCHEDULE.alpha_bar[[100, 500]]
+    ))  # fmt: skip
+    v = (keep * x - out) / noise  # what the data say that v is
+    whole = prefix_loss(SCHEDULE, out, clip, X0, NOISE, prediction="x0", x0_weight=1e9)
+    as_v = prefix_loss(SCHEDULE, v, clip, X0, NOISE, prediction="v")
+    np.testing.assert_allclose(whole.loss, as_v.loss, rtol=1e-4)
+
+
 def test_the_bound_teaches_the_variance_alone():
     bound = lambda out: jnp.sum(prefix_loss(SCHEDULE, out, clip_of(), X0, NOISE).vb)  # noqa: E731
     gradient = jax.grad(bound)(OUT)

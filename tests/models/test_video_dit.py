@@ -11,7 +11,7 @@ from video_for_tests import Calls, clip_times, random_video
 
 from kvjax.errors import InputError
 from kvjax.models.decoder import split_layers
-from kvjax.models.video_attend import inside_frames, to_prefix
+from kvjax.models.video_attend import WholeClip, inside_frames, to_prefix
 from kvjax.models.video_config import VIDEO_DIT_SIZES
 from kvjax.models.video_dit import VideoDiTConfig
 from kvjax.models.video_positions import cyclic_rows
@@ -197,6 +197,17 @@ def test_prefix_attention():
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 3, 4, 4, 8)) for i in range(3))
     thrice = to_prefix((q[:, :1], k, v), *(jnp.repeat(x[:, :1], 3, axis=1) for x in (k, v)), False)
     close(thrice, inside_frames(q[:, :1], k[:, :1], v[:, :1]), 1e-6)
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("prefix", [1, 2, 5])
+def test_one_prefix_for_all_rows_is_a_prefix_of_each(prefix, own):
+    qkv = tuple(jax.random.normal(jax.random.key(i), (2, 6, 4, 2, 8)) for i in range(3))
+    of_each, of_all = (
+        WholeClip(prefix=x, mask=jnp.ones((1, 6, 6), bool), prefix_frames=3).spatial(qkv, None, own)
+        for x in (jnp.full(2, prefix), prefix)
+    )
+    close(of_all, of_each, 1e-6)
 
 
 @pytest.mark.parametrize("variant", ["paper", "code"])
