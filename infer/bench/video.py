@@ -5,7 +5,10 @@ arithmetic of the method asks for, and beside each speed-up the ratio of those, 
 """
 
 import dataclasses
+import functools
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -44,6 +47,7 @@ Array = jax.Array
 # The fastest bfloat16 matrix product measured; the data sheet's 989e12 is not reached.
 _PEAK = {"NVIDIA H200": 783e12, "NVIDIA H100": 783e12}
 BASELINES = ("os-ext", "os-fix")
+PEERS = ("none", "torch", "torch-compile")
 
 
 def clip_macs(config: VideoDiTConfig, frames: int, keys: int, prefix: str | None = None) -> int:
@@ -94,6 +98,8 @@ class VideoTiming:
         seconds: of each chunk.
         teramacs: multiply-adds of each chunk, all rows, in 10^12.
         released_teramacs: the same as the paper counts them.
+        call_ms: of a denoising call in the later half of the chunks, with its share of the rest.
+        first_seconds: of the first chunks, one of each length, with what they compile.
         utilisation: of the arithmetic that the device can do; None where that is not known.
         cache_bytes: of the frame ring; 0 without.
     """
@@ -104,6 +110,8 @@ class VideoTiming:
     seconds: tuple[float, ...]
     teramacs: tuple[float, ...]
     released_teramacs: tuple[float, ...]
+    call_ms: float
+    first_seconds: float
     utilisation: float | None
     cache_bytes: int
 
@@ -146,12 +154,15 @@ def time_method(
             seconds.append(time.perf_counter() - begin)
         return seconds
 
+    begin = time.perf_counter()
     run(min(lengths, chunks))
+    first = time.perf_counter() - begin
     seconds = run(chunks)
     ours, released = (
         [rows * chunk_macs(config, method, i, sampler.steps, released=x) for i in range(chunks)]
         for x in (False, True)
     )
+    ring = config.ring(rows).nbytes(jax.default_backend()) if method == "ca2" else 0
     kind = jax.devices()[0].device_kind
     peak = next((flops for name, flops in _PEAK.items() if kind.startswith(name)), None)
     return VideoTiming(
@@ -161,8 +172,12 @@ def time_method(
         seconds=tuple(seconds),
         teramacs=tuple(macs / 1e12 for macs in ours),
         released_teramacs=tuple(macs / 1e12 for macs in released),
+        call_ms=1e3
+        * float(np.median(seconds[chunks // 2 :]))
+        / (sampler.steps + (method == "ca2")),
+        first_seconds=first,
         utilisation=None if peak is None else 2 * sum(ours) / sum(seconds) / peak,
-        cache_bytes=config.ring(rows).nbytes(jax.default_backend()) if method == "ca2" else 0,
+        cache_bytes=ring,
     )
 
 
@@ -188,6 +203,9 @@ class BenchVideo:
     """Prefix attentions of ca2 to time: paper, code, none. The others have none, as theirs had."""
     methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ("ca2", *BASELINES)
     """ca2, os-ext, os-fix."""
+    peer: Annotated[str, tyro.conf.arg(metavar="NAME")] = "none"
+    """torch: the same network in PyTorch is timed too, one call behind a full cache, as its authors
+    run it; torch-compile: the same, compiled; none."""
     json: bool = False
     """End with one JSON object on stdout."""
 
@@ -211,8 +229,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"{args.frames} frames are no whole chunks of {args.chunk}")
     if wrong := sorted(set(args.methods) - {"ca2", *BASELINES}):
         raise InputError(f"no method {wrong[0]!r}: use ca2, os-ext or os-fix")
+    if args.peer not in PEERS:
+        raise InputError(f"no peer {args.peer!r}: use {', '.join(PEERS)}")
     cases = [("ca2", variant) for variant in args.variants if "ca2" in args.methods]
     cases += [(method, "none") for method in BASELINES if method in args.methods]
+    show = functools.partial(print, file=sys.stderr if args.json else sys.stdout, flush=True)
+    peers = [_peer(args, variant) for m, variant in cases if m == "ca2" and args.peer != "none"]
+    for peer in peers:  # first: they give their memory back when their processes end
+        show(f"{peer['framework']}, {peer['prefix_attention']}: {peer['call_ms']:.2f} ms a call")
     timings = []
     for method, variant in cases:
         model = random_model(args.config(method, variant))
@@ -222,19 +246,37 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sampler=Sampler(steps=args.steps),
             )
         )  # fmt: skip
-        print(_line(timings[-1]), file=sys.stderr if args.json else sys.stdout, flush=True)
+        show(_line(timings[-1]))
     ratios = _ratios(timings)
     for ratio in ratios:
-        print(_ratio_line(ratio), file=sys.stderr if args.json else sys.stdout)
+        show(_ratio_line(ratio))
+    for peer in peers:
+        peer["ratio"] = peer["call_ms"] / next(
+            timing.call_ms for timing in timings
+            if (timing.method, timing.prefix_attention) == ("ca2", peer["prefix_attention"])
+        )  # fmt: skip
+        show(f"{peer['peer']} over ca2 ({peer['prefix_attention']}): {peer['ratio']:.2f}")
     if args.json:
         found = {
             "device": jax.devices()[0].device_kind, "jax": jax.__version__,
-            "options": dataclasses.asdict(args), "ratios": ratios,
+            "options": dataclasses.asdict(args), "ratios": ratios, "peers": peers,
             "timings": [dataclasses.asdict(timing) for timing in timings],
             "peak_bytes": _peak_bytes(),
         }  # fmt: skip
         print(json.dumps(found))
     return 0
+
+
+def _peer(args: BenchVideo, variant: str) -> dict[str, Any]:
+    """PyTorch's figures, from a process of its own: its memory and ours would crowd each other."""
+    fields = json.dumps(dataclasses.asdict(args))
+    argv = [sys.executable, "-m", "kvjax.infer.bench.video_torch", fields, variant]
+    # JAX is imported there too, and is not to take the device's memory.
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(argv, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise InputError("PyTorch's part failed, see above; --peer none leaves it out")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _ratios(timings: list[VideoTiming]) -> list[dict[str, Any]]:
@@ -264,7 +306,8 @@ def _line(timing: VideoTiming) -> str:
     used = "" if timing.utilisation is None else f"  {timing.utilisation:5.1%} of peak"
     return (
         f"{timing.method:<7} prefix attention {timing.prefix_attention:<5} x {timing.rows}: "
-        f"{sum(timing.seconds):8.2f} s, late chunks {float(np.median(last)):7.3f} s{used}"
+        f"{sum(timing.seconds):8.2f} s, late chunks {float(np.median(last)):7.3f} s{used}; "
+        f"first {timing.first_seconds:.1f} s"
     )
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from kvjax.errors import InputError
+from kvjax.infer.bench import video
 from kvjax.infer.bench.video import BenchVideo, chunk_macs, main
 
 
@@ -42,20 +43,25 @@ def test_the_bounds_of_80_frames(other, variant, bound):
 
 
 @pytest.mark.slow
-def test_command(capsys):
+def test_command(capsys, monkeypatch):
+    peer = {"framework": "PyTorch", "peer": "torch", "prefix_attention": "none", "call_ms": 100.0}
+    monkeypatch.setattr(video, "_peer", lambda args, variant: dict(peer))
     sizes = ["--model", "tiny", "--dtype", "float32", "--steps", "1", "--frames", "2"]
     sizes += ["--chunk", "2", "--max-prefix", "3", "--variants", "none", "--methods", "ca2"]
-    assert main([*sizes, "os-fix", "--json"]) == 0
+    assert main([*sizes, "os-fix", "--peer", "torch", "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [timing["method"] for timing in found["timings"]] == ["ca2", "os-fix"]
     assert found["timings"][0]["cache_bytes"] == 2 * 6 * 64 * 3 * 192 * 4
     assert found["ratios"][0]["over"] == "os-fix"
+    ours = found["timings"][0]
+    assert ours["first_seconds"] > ours["seconds"][0]  # it compiled
+    assert found["peers"][0]["ratio"] == pytest.approx(100 / ours["call_ms"])
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [(["--model", "XXL"], "no model 'XXL'"), (["--frames", "9"], "no whole chunks"),
-     (["--methods", "magic"], "no method 'magic'")],
+     (["--methods", "magic"], "no method 'magic'"), (["--peer", "jax"], "no peer 'jax'")],
 )  # fmt: skip
 def test_wrong_options_are_named(arguments, message):
     with pytest.raises(InputError, match=message):
