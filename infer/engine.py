@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import gc
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -22,12 +22,12 @@ from kvjax.infer.step import Drawn, EngineState, Params, Seats, give_seats, step
 from kvjax.infer.words import to_words
 from kvjax.models.decoder import DecoderConfig, join_products, split_layers
 from kvjax.plan import Bucket, FirstCome, Grid, Planned, Sampled, Seat, StepPlan
-from kvjax.sharding import spec
+from kvjax.sharding import pool_spec
 
 __all__ = ["Engine", "Output"]
 
-# Requests that one call seats; more need more calls.
-_SEATS = 8
+# Requests that one call seats, and the tokens that it brings for them; more need more calls.
+_SEATS, _SEATED_TOKENS = 8, 2**16
 
 # Bytes of weights from which on layers are taken apart and products joined: that spares every step
 # a copy of them, but takes longer to compile, which matters more for a model tried out on a CPU.
@@ -62,11 +62,8 @@ def _shardings(state: EngineState, mesh: Mesh | None) -> tuple[EngineState, Name
     if mesh is None:
         return None
 
-    def place(x: jax.Array) -> NamedSharding:
-        axes = ("kv_head" if x.ndim == 5 and axis == 2 else None for axis in range(x.ndim))
-        return NamedSharding(mesh, spec(tuple(axes), mesh, x.shape))
-
-    return jax.tree.map(place, state), NamedSharding(mesh, PartitionSpec())
+    place = jax.tree.map(lambda x: NamedSharding(mesh, pool_spec(x, mesh)), state)
+    return place, NamedSharding(mesh, PartitionSpec())
 
 
 class Engine:
@@ -82,7 +79,8 @@ class Engine:
         model: the decoder's sizes.
         grid: the planner's sizes.
         num_pages: of the pool.
-        mesh: over which the parameters lie, with axes of type Auto; None: the default device.
+        mesh: over which the parameters lie, with axes of type Auto and none called `data`, see
+            `kvjax.infer.replicas`; None: the default device.
         plan: the policy by which requests are planned, see `make_planner`.
         optimistic: whether requests are admitted that may later have to make room, see `FirstCome`.
         consume: give up `params` as they are taken apart, so that memory holds them once.
@@ -112,7 +110,11 @@ class Engine:
         self._params: Params = (params, layers)
         self._programs: dict[Bucket, Callable[..., tuple[EngineState, Drawn]]] = {}
         self._give_seats: Callable[..., EngineState] | None = None
+        self._running: deque[tuple[Planned, Future[Drawn]]] = deque()
+        # A search seats all of its rows at once, and each call takes the host as long as a step.
+        self._seats: int = max(_SEATS, min(grid.max_rows // 8, _SEATED_TOKENS // grid.max_length))
         state = EngineState.init(*self.cache.init(), grid)
+        self._mesh = mesh
         self._shardings = _shardings(state, mesh)
         self.state: EngineState = jax.device_put(state, self._shardings and self._shardings[0])
         self.planner: FirstCome = make_planner(
@@ -129,7 +131,7 @@ class Engine:
         if self._programs:
             return
         states, _ = self._shardings or (None, None)
-        seats = Seats.empty(self.grid, self.cache.num_pages, _SEATS)
+        seats = Seats.empty(self.grid, self.cache.num_pages, self._seats)
         give = functools.partial(give_seats, seats)
         place = jax.jit(give, donate_argnums=0, out_shardings=states)
         options = _GPU_OPTIONS if jax.default_backend() == "gpu" else None
@@ -142,7 +144,7 @@ class Engine:
                 threads.submit(place.lower(self.state, to_words(seats)).compile, options): None
             }
             for bucket in buckets:
-                run = functools.partial(step, self.graph, self.grid, bucket)
+                run = functools.partial(step, self.graph, self.grid, bucket, self._mesh)
                 jitted = jax.jit(run, donate_argnums=1, out_shardings=self._shardings)
                 nothing = to_words(StepPlan.empty(self.grid, bucket))
                 lowered = jitted.lower(self._params, self.state, nothing)
@@ -154,7 +156,15 @@ class Engine:
                     self._programs[bucket] = program.result()
                 progress(done, len(compiling))
 
-    def run(self) -> Iterator[list[Output]]:
+    @property
+    def ready(self) -> bool:
+        """Whether the next of `run` need not wait for the device."""
+        if len(self._running) < 2:
+            return True
+        oldest = self._running[0][1]
+        return oldest.done() and oldest.result().token.is_ready()
+
+    def run(self) -> Generator[list[Output], None, None]:
         """Computes until the planner has nothing left; yields what each call has brought.
 
         Raises:
@@ -162,7 +172,8 @@ class Engine:
         """
         if self.planner.busy:
             self.warm_up()
-        running: deque[tuple[Planned, Future[Drawn]]] = deque()
+        running = self._running
+        running.clear()
         with self._device_thread() as device, _spared_heap():
             while self.planner.busy or running:
                 planned = self.planner.plan()
@@ -210,11 +221,12 @@ class Engine:
 
     def _seat_arguments(self, seats: tuple[Seat, ...]) -> list[jax.Array]:
         """What `give_seats` takes, for as many calls as these seats need."""
-        groups = (seats[start : start + _SEATS] for start in range(0, len(seats), _SEATS))
+        size = self._seats
+        groups = (seats[start : start + size] for start in range(0, len(seats), size))
         return [self._put(to_words(self._fill_seats(group))) for group in groups]
 
     def _fill_seats(self, given: tuple[Seat, ...]) -> Seats:
-        seats = Seats.empty(self.grid, self.cache.num_pages, _SEATS)
+        seats = Seats.empty(self.grid, self.cache.num_pages, self._seats)
         for i, seat in enumerate(given):
             seats.rows[i], seats.length[i] = seat.row, seat.length
             seats.pages[i, : len(seat.pages)] = seat.pages

@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib.resources
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from kvjax.infer.compilations import keep_compilations
 from kvjax.infer.engine import Engine
 from kvjax.infer.planners import PLANNED, POLICIES
 from kvjax.infer.prefix import Prefix, check_idle, load_prefix, save_prefix
+from kvjax.infer.replicas import deal, params_of, replica_meshes, run_all
 from kvjax.infer.sampling import MAX_STOP_IDS, SamplingParams
 from kvjax.infer.scores import Score, join, score_of, scoring
 from kvjax.infer.sizes import choose_grid, choose_num_pages
@@ -57,12 +58,18 @@ class LLM:
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer | None, eos_ids: Iterable[int] = ()
-    ) -> None:
-        self.engine = engine
+        self, engine: Engine, tokenizer: Tokenizer | None, eos_ids: Iterable[int] = (),
+        *more: Engine,
+    ) -> None:  # fmt: skip
+        self.engines: tuple[Engine, ...] = (engine, *more)
         self.tokenizer = tokenizer
         self.eos_ids: frozenset[int] = frozenset(eos_ids)
         self._next_id = 0
+
+    @property
+    def engine(self) -> Engine:
+        """That of the first copy of the model, mostly the only one."""
+        return self.engines[0]
 
     @staticmethod
     def load(
@@ -91,7 +98,8 @@ class LLM:
                 prompts are token ids, and the texts of answers are empty.
             dtype: "float32" or "bfloat16"; None: as stored.
             kv_memory: bytes for the KV cache, in device layout; None: most of what the device has
-                left, on the CPU what `max_rows` rows of `max_length` need but at most 1 GiB.
+                left, on the CPU what `max_rows` rows of `max_length` need but at most 1 GiB. On a
+                mesh each copy of the model has as much.
             max_length: the longest sequence, prompt and answer together, in tokens; None: what the
                 model was made for, but at most 8192.
             max_rows: requests that are answered at the same time.
@@ -108,8 +116,10 @@ class LLM:
                 it is computed in. None: only if `plan` plans batches.
             optimistic: begin requests before it is sure that memory lasts for all of them. More
                 run at a time; where memory ends, the youngest wait and compute their tokens again.
-            mesh: splits weights and heads over its devices, see `kvjax.sharding`; None: the default
-                device.
+            mesh: splits weights and heads over its devices, see `kvjax.sharding`; each index of its
+                axis `data` is a copy of the model with its own cache, and requests are dealt to
+                them, those that share a beginning together. Chats and loaded prefixes live in the
+                first. None: the default device.
 
         Raises:
             InputError: something in the folder cannot be used, or the memory is too little.
@@ -121,18 +131,23 @@ class LLM:
         hf.read_config(folder)  # first of all: the plainest thing that may be wrong
         tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
         eos_ids = tokenizer.eos_ids if tokenizer else named_ids(folder, "eos")
-        graph, params, config = hf.load(folder, dtype=dtype, mesh=mesh)
+        parts = [None] if mesh is None else replica_meshes(mesh)
+        graph, loaded, config = hf.load(folder, dtype=dtype, mesh=mesh)
+        copies = [loaded if part is None else params_of(loaded, part) for part in parts]
         length = min(max_length or 8192, config.max_positions)
         grid = choose_grid(
             length, max_rows, page_size, token_budget, decode_steps,
             shared=plan in PLANNED if grouped is None else grouped,
         )  # fmt: skip
         num_pages = choose_num_pages(config, grid, kv_memory)
-        engine = Engine(
-            graph, params, config, grid, num_pages, mesh=mesh, plan=plan, optimistic=optimistic,
-            consume=True,
-        )  # fmt: skip
-        return LLM(engine, tokenizer, eos_ids)
+        engines = [
+            Engine(
+                graph, params, config, grid, num_pages, mesh=part, plan=plan,
+                optimistic=optimistic, consume=True,
+            )
+            for params, part in zip(copies, parts, strict=True)
+        ]  # fmt: skip
+        return LLM(engines[0], tokenizer, eos_ids, *engines[1:])
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt],
@@ -153,6 +168,16 @@ class LLM:
         chunks = self.stream(prompts, params)
         done = {(c.index, c.choice): c.completion for c in chunks if c.completion}
         return [done[key] for key in sorted(done)]
+
+    def warm_up(self, progress: Callable[[int, int], object] = lambda done, total: None) -> None:
+        """Compiles all programs; otherwise the first request does.
+
+        Args:
+            progress: called with how many of how many are done.
+        """
+        count = len(self.engines)
+        for i, engine in enumerate(self.engines):
+            engine.warm_up(lambda done, of, i=i: progress(i * of + done, count * of))
 
     def stream(
         self, prompts: Prompt | Sequence[Prompt],
@@ -333,23 +358,33 @@ class LLM:
         return request, Answer(index, choice, prompt, params, stream, score_from)
 
     def _run(self, requests: list[tuple[Request, Answer]]) -> Iterator[Chunk]:
-        planner = self.engine.planner
-        if planner.busy:
+        if any(engine.planner.busy for engine in self.engines):
             raise InputError("an earlier stream of this model is unfinished: end or close it first")
         answers = {request.id: answer for request, answer in requests}
-        for request, _ in requests:
-            planner.add(request)
+        home = self._deal([request for request, _ in requests])
         try:
-            for outputs in self.engine.run():
+            for outputs in run_all(self.engines):
                 for output in outputs:
                     chunk = answers[output.id].add(output)
                     if chunk.completion and not output.finish_reason:
-                        planner.cancel([output.id])  # a text ended it, which only we can see
+                        # A text ended it, which only we can see.
+                        home[output.id].planner.cancel([output.id])
                     yield chunk
         except OutOfPages as e:
             raise InputError(str(e)) from e
         finally:
-            planner.cancel(answers.keys())
+            for engine in self.engines:
+                engine.planner.cancel(answers.keys())
+
+    def _deal(self, requests: list[Request]) -> dict[int, Engine]:
+        """Gives every request to one of the engines: its id's."""
+        hands = deal(requests, self.engine.grid.page_size, len(self.engines))
+        home: dict[int, Engine] = {}
+        for engine, hand in zip(self.engines, hands, strict=True):
+            for i in hand:
+                engine.planner.add(requests[i])
+                home[requests[i].id] = engine
+        return home
 
 
 def _named_tokens(params: SamplingParams) -> Iterator[tuple[str, Sequence[int]]]:

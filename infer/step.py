@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from kvjax.cache import KVPool, PageTable, advance, grow, seat, slots_of, write_positions
 from kvjax.infer.draw import Logprobs, RowSettings, draw, logprobs_of
 from kvjax.infer.sampling import MAX_LOGPROBS
 from kvjax.infer.words import from_words
-from kvjax.models.attention import paged_attend
+from kvjax.models.attention import own_heads, paged_attend
 from kvjax.models.decoder import Decoder, LayerParams
 from kvjax.pallas_kernels.page_attention import Items, WorkList, prepare
 from kvjax.plan import Bucket, Grid, StepPlan
@@ -61,6 +62,14 @@ class EngineState:
             history=jnp.zeros((grid.max_rows, grid.max_length), jnp.int32),
             settings=jax.tree.map(jnp.asarray, RowSettings.empty(grid.max_rows)),
         )
+
+
+class _Model(NamedTuple):
+    """A decoder, its layers if they are apart, and the devices that they lie on."""
+
+    decoder: Decoder
+    layers: LayerParams | None
+    mesh: Mesh | None
 
 
 class Drawn(NamedTuple):
@@ -126,8 +135,8 @@ def give_seats(like: Seats, state: EngineState, words: Array) -> EngineState:
 
 
 def step(
-    graph: nnx.GraphDef[Any], grid: Grid, bucket: Bucket, params: Params, state: EngineState,
-    words: Array,
+    graph: nnx.GraphDef[Any], grid: Grid, bucket: Bucket, mesh: Mesh | None, params: Params,
+    state: EngineState, words: Array,
 ) -> tuple[EngineState, Drawn]:  # fmt: skip
     """Computes a plan: writes its tokens' keys and values, attends, draws the next tokens.
 
@@ -139,33 +148,31 @@ def step(
         graph: of the decoder; static.
         grid: static.
         bucket: one of the grid's shapes; static.
+        mesh: over which the parameters and the pool lie; static.
         params: of the decoder.
         state: donate it.
         words: `to_words` of a plan of that shape.
     """
     plan: StepPlan[Array] = from_words(StepPlan.empty(grid, bucket), words)
-    first, layers = params
-    decoder = nnx.merge(graph, first)
+    model = _Model(nnx.merge(graph, params[0]), params[1], mesh)
     state = dataclasses.replace(state, table=grow(state.table, *plan.grow))
     if bucket.chunks:
-        return _chunk_step(decoder, layers, grid, bucket, state, plan)
-    return _decode_steps(decoder, layers, grid, bucket, state, plan)
+        return _chunk_step(model, grid, bucket, state, plan)
+    return _decode_steps(model, grid, bucket, state, plan)
 
 
 def _chunk_step(
-    decoder: Decoder, layers: LayerParams | None, grid: Grid, bucket: Bucket, state: EngineState,
-    plan: StepPlan[Array],
+    model: _Model, grid: Grid, bucket: Bucket, state: EngineState, plan: StepPlan[Array]
 ) -> tuple[EngineState, Drawn]:  # fmt: skip
     tokens = _tokens(state, plan)
-    state, hidden = _compute(decoder, layers, grid, state, plan, tokens, plan.position, plan.row)
-    state, token, logprobs = _draw(decoder, bucket, state, plan, hidden, plan.position)
+    state, hidden = _compute(model, grid, state, plan, tokens, plan.position, plan.row)
+    state, token, logprobs = _draw(model.decoder, bucket, state, plan, hidden, plan.position)
     one = jax.tree.map(lambda x: x[None], (token, logprobs))
-    return state, Drawn(*one, scores=_score(decoder, bucket, plan, hidden))
+    return state, Drawn(*one, scores=_score(model.decoder, bucket, plan, hidden))
 
 
 def _decode_steps(
-    decoder: Decoder, layers: LayerParams | None, grid: Grid, bucket: Bucket, state: EngineState,
-    plan: StepPlan[Array],
+    model: _Model, grid: Grid, bucket: Bucket, state: EngineState, plan: StepPlan[Array]
 ) -> tuple[EngineState, Drawn]:  # fmt: skip
     max_rows, (t, b) = grid.max_rows, (plan.token.shape[0], plan.sample.shape[0])
     place = jnp.where(plan.sample_row < max_rows, plan.sample, t)
@@ -177,8 +184,8 @@ def _decode_steps(
         row = jnp.where(brings, plan.row, max_rows)
         tokens = _tokens(state, plan._replace(token=jnp.where(i == 0, plan.token, -1)))
         position = plan.position + i
-        state, hidden = _compute(decoder, layers, grid, state, plan, tokens, position, row)
-        state, token, logprobs = _draw(decoder, bucket, state, plan, hidden, position)
+        state, hidden = _compute(model, grid, state, plan, tokens, position, row)
+        state, token, logprobs = _draw(model.decoder, bucket, state, plan, hidden, position)
         token = jnp.where(live, token, -1)
         stop = state.settings.stop.at[plan.sample_row].get(mode="clip")
         live = live & ~jnp.any(stop == token[:, None], axis=1) & (i + 1 < plan.room)
@@ -211,8 +218,8 @@ def _tokens(state: EngineState, plan: StepPlan[Array]) -> Array:
 
 
 def _compute(
-    decoder: Decoder, layers: LayerParams | None, grid: Grid, state: EngineState,
-    plan: StepPlan[Array], tokens: Array, position: Array, row: Array,
+    model: _Model, grid: Grid, state: EngineState, plan: StepPlan[Array], tokens: Array,
+    position: Array, row: Array,
 ) -> tuple[EngineState, Array]:  # fmt: skip
     """Brings tokens into the rows' pages; also their hidden states [T, E]."""
     max_rows = grid.max_rows
@@ -222,9 +229,10 @@ def _compute(
     table = advance(state.table, row)
     work = _work(grid, table, plan, jnp.where(row < max_rows, position, -1))
     room = grid.room_for_partials(tokens.shape[0])
-    work = prepare(work, pool, decoder.config.num_heads, max_partials=room)
-    attend = paged_attend(slots, work, decoder.config.layer_windows())
-    hidden, pool = decoder(tokens, position, pool, attend, layers=layers)
+    decoder, heads = model.decoder, model.decoder.config.num_heads
+    work = prepare(work, *own_heads(pool, heads, model.mesh), max_partials=room)
+    attend = paged_attend(slots, work, decoder.config.layer_windows(), model.mesh)
+    hidden, pool = decoder(tokens, position, pool, attend, layers=model.layers)
     history = state.history.at[row, position].set(tokens, mode="drop")
     return dataclasses.replace(state, pool=pool, table=table, history=history), hidden
 

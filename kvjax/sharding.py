@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["RULES", "param_axes", "param_shardings", "spec"]
+__all__ = ["RULES", "param_axes", "param_shardings", "pool_spec", "spec"]
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
@@ -80,6 +80,12 @@ def spec(
         whole = not names or (shape is not None and shape[i] % parts != 0)
         entries.append(None if whole else names[0] if len(names) == 1 else names)
     return PartitionSpec(*entries)
+
+
+def pool_spec(array: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """The placement of an array of a `KVPool`: keys and values by their heads, all else whole."""
+    planes = (None, None, "kv_head", None, None)
+    return spec(planes, mesh, array.shape) if array.ndim == 5 else PartitionSpec()
 
 
 def param_axes(path: Sequence[Any]) -> tuple[str | None, ...]:

@@ -92,6 +92,8 @@ def with_grid(llm, num_pages=None, optimistic=False, **sizes):
     engine = llm.engine
     grid = dataclasses.replace(engine.grid, **sizes)
     num_pages = num_pages or engine.cache.num_pages
-    llm.engine = Engine(*random_decoder(), engine.model, grid, num_pages, optimistic=optimistic)
+    graph, params = random_decoder()
+    made = Engine(graph, params, engine.model, grid, num_pages, optimistic=optimistic)
+    llm.engines = (made,)
     llm.engine.warm_up()
     return llm

@@ -93,17 +93,18 @@ def _show(bar: tqdm, start: float) -> Callable[[int, BatchSummary], None]:
 def _figures(
     llm: LLM, plan: str, summary: BatchSummary, seconds: float, compiled: int
 ) -> dict[str, Any]:
-    planner, cache = llm.engine.planner, llm.engine.cache
+    caches = [engine.cache for engine in llm.engines]
+    planners = [engine.planner for engine in llm.engines]
     return {
         **dataclasses.asdict(summary),
         "plan": plan,
-        "prefill_tokens_computed": planner.prefill_tokens_computed,
+        "prefill_tokens_computed": sum(p.prefill_tokens_computed for p in planners),
         "seconds": round(seconds, 3),
         "tokens_per_second": round(summary.output_tokens / seconds, 1),
-        "kv_bytes": cache.nbytes(jax.default_backend()),
-        "pages": cache.num_pages,
-        "peak_pages": planner.ledger.peak,
-        "preemptions": planner.preemptions,
+        "kv_bytes": sum(cache.nbytes(jax.default_backend()) for cache in caches),
+        "pages": sum(cache.num_pages for cache in caches),
+        "peak_pages": sum(p.ledger.peak for p in planners),
+        "preemptions": sum(p.preemptions for p in planners),
         "compilations_after_warmup": compiled,
     }
 

@@ -98,7 +98,9 @@ def deal_groups(
 ) -> tuple[tuple[int, ...], ...]:
     """Deals a batch to replicas: whole groups, the largest first, each to who has the least so far.
 
-    A token drawn counts as one computed: both are one token of a step.
+    A token drawn counts as one computed: both are one token of a step. A group is never split, but
+    for one that holds other groups and more work than a replica's share, as a beginning common to
+    all prompts does: the groups in it are dealt, and its own tokens computed wherever they go.
 
     Args:
         plan: of the requests' prompts.
@@ -113,20 +115,37 @@ def deal_groups(
     """
     if replicas < 1:
         raise ValueError(f"{replicas=} must be 1 or more")
-    groups, own = group_work(plan, requests)
-    top: list[int] = []
-    members: dict[int, list[int]] = {}
-    for i, group in enumerate(plan.groups):
-        top.append(top[group.parent] if group.parent >= 0 else i)
-        members.setdefault(top[i], []).extend(group.members)
-    pieces = [(sum(groups[i]), some) for i, some in members.items()]
-    pieces += [(sum(own[m]), [m]) for m in plan.alone]
     loads, hands = [0] * replicas, [[] for _ in range(replicas)]
-    for size, some in sorted(pieces, key=lambda piece: -piece[0]):
+    for size, some in sorted(_pieces(plan, requests, replicas), key=lambda piece: -piece[0]):
         least = min(range(replicas), key=loads.__getitem__)
         loads[least] += size
         hands[least] += some
     return tuple(tuple(sorted(hand)) for hand in hands)
+
+
+def _pieces(
+    plan: PrefixPlan, requests: Sequence[Work], replicas: int
+) -> list[tuple[int, list[int]]]:
+    """What stays together: its work in tokens, and its requests."""
+    groups, own = group_work(plan, requests)
+    children: list[list[int]] = [[] for _ in groups]
+    members = [list(group.members) for group in plan.groups]  # with all that goes on from each
+    for i in reversed(range(len(groups))):
+        if (above := plan.groups[i].parent) >= 0:
+            children[above].append(i)
+            members[above] += members[i]
+    todo = [i for i, group in enumerate(plan.groups) if group.parent < 0]
+    alone = list(plan.alone)
+    share = (sum(sum(groups[i]) for i in todo) + sum(sum(own[m]) for m in alone)) / replicas
+    pieces: list[tuple[int, list[int]]] = []
+    while todo:
+        i = todo.pop()
+        if children[i] and sum(groups[i]) > share:
+            todo += children[i]
+            alone += plan.groups[i].members
+        else:
+            pieces.append((sum(groups[i]), members[i]))
+    return pieces + [(sum(own[m]), [m]) for m in alone]
 
 
 def _sum(parts: Sequence[Work]) -> Work:

@@ -317,7 +317,7 @@ def test_a_model_with_a_head_judges_from_a_cache_of_its_own(llm, tmp_path):
     made = value_decoder(models_for_tests.CONFIG, params, kernel)
     loaded = LLM.load(_saved(tmp_path), max_rows=8, page_size=PAGE)
     grid = dataclasses.replace(loaded.engine.grid, row_buckets=(8,), token_buckets=(96,))
-    loaded.engine = type(loaded.engine)(*made, grid, loaded.engine.cache.num_pages)
+    loaded.engines = (type(loaded.engine)(*made, grid, loaded.engine.cache.num_pages),)
     head = ValueReward(vocab_size=300, bias=0.25)
     other = Reward(loaded, head)
     (tree,), cost = sample(llm, other, Rebase(0.05), QUESTIONS[:1])

@@ -114,6 +114,15 @@ def test_groups_are_dealt_whole_and_evenly(specs, replicas):
     assert max(loads) - min(loads) <= max(size.values(), default=0)
 
 
+def test_documents_behind_a_beginning_common_to_all_are_dealt_evenly():
+    prompts = [(*range(8), *[100 + d] * 12, i) for d in range(8) for i in range(3)]
+    plan = plan_prefixes([prompt[:-1] for prompt in prompts], 4)
+    assert [group.parent for group in plan.groups].count(-1) == 1  # one group holds them all
+    hands = deal_groups(plan, [Work(len(prompt), 5) for prompt in prompts], 4)
+    assert [len(hand) for hand in hands] == [6] * 4
+    assert all(len({i // 3 for i in hand}) == 2 for hand in hands)  # whole documents
+
+
 def test_requests_that_come_later_are_a_batch_of_their_own():
     planner, device = planner_and_device()
     for i in range(3):
