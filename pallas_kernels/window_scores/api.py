@@ -1,11 +1,17 @@
 """The contract of `window_scores`."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from kvjax.pallas_kernels.window_scores.reference import window_scores_reference
+from kvjax.pallas_kernels.devices import default_device, on_hopper
+from kvjax.pallas_kernels.window_scores.reference import (
+    slots,
+    summarize,
+    token_scores_reference,
+)
+from kvjax.pallas_kernels.window_scores.tpu import token_scores_tpu
 
 __all__ = ["window_scores"]
 
@@ -58,7 +64,8 @@ def window_scores(
         top: a window's score is the mean of so many of its largest tokens; None: of all.
         over_heads: return the mean over the query heads.
         scale: of the products; None: D ** -0.5.
-        implementation: "reference", or None for the best that the default device can run.
+        implementation: "reference", "gpu", "tpu", or None for the best that the default device
+            can run.
 
     Returns:
         float32[B, H, W], or [B, W] over heads, for W = ceil(M * P / window) windows; 0 where
@@ -75,10 +82,48 @@ def window_scores(
         raise ValueError(f"{lse.shape=} {query_position.shape=} do not fit {q.shape=}")
     if window < 1 or (top is not None and not 1 <= top <= window):
         raise ValueError(f"{window=} {top=}: a window has 1 token or more, and top at most all")
-    if implementation not in (None, "reference"):
-        raise NotImplementedError(f"window_scores has no {implementation=}")
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    scores = window_scores_reference(
-        q, lse, pool, layer, pages, end, query_position, window, top, scale
+    group = layer // pool.k.shape[1]
+    pages, end = pages[group], end[group]
+    live, position = slots(pool, pages, end)
+    tokens = _token_scores(
+        q, lse, pool, layer, pages, end, live, position, query_position, scale, implementation
     )
+    live = jnp.repeat(live, q.shape[2] // live.shape[0], axis=0)  # [H, B, S]
+    scores = summarize(tokens, jnp.swapaxes(live, 0, 1), window, top)
     return jnp.mean(scores, axis=1) if over_heads else scores
+
+
+def _token_scores(
+    q: Array, lse: Array, pool: Keys, layer: Array, pages: Array, end: Array, live: Array,
+    position: Array, query_position: Array, scale: float, implementation: str | None,
+) -> Array:  # fmt: skip
+    """Float32[B, H, S] by the implementation, or by the reference where none is named."""
+    best = implementation or _best()
+    kernel = {"gpu": _gpu, "tpu": token_scores_tpu}.get(best)
+    if kernel is not None:
+        try:
+            return kernel(q, lse, pool, layer, pages, end, query_position, position, scale)
+        except NotImplementedError:
+            if implementation is not None:
+                raise
+    elif best != "reference":
+        raise NotImplementedError(f"window_scores has no {implementation=}")
+    return token_scores_reference(q, lse, pool, layer, pages, live, position, query_position, scale)
+
+
+def _best() -> str:
+    """The implementation for the default device, as known when a function is traced."""
+    if on_hopper():
+        return "gpu"
+    return "tpu" if default_device().platform == "tpu" else "reference"
+
+
+def _gpu(q: Array, *arguments: Any) -> Array:
+    if jax.__version_info__ < (0, 11):
+        raise NotImplementedError(
+            f"window_scores on a GPU with jax {jax.__version__}: it needs 0.11"
+        )
+    from kvjax.pallas_kernels.window_scores.gpu import token_scores_gpu
+
+    return token_scores_gpu(q, *arguments)

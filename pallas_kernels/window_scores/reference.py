@@ -1,5 +1,7 @@
 """The oracle of `window_scores`: plain JAX, float32 throughout, and the way on the CPU.
 
+Which slots count, and windows from tokens, is the same for all implementations.
+
 Queries are taken a block at a time, so that a whole prompt of them (H2O) needs no square of scores.
 
 Letters beside those of the contract: J = K/C head groups, G = H/K query heads a KV head,
@@ -11,39 +13,60 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["summarize", "window_scores_reference"]
+__all__ = ["slots", "summarize", "token_scores_reference"]
 
 Array = jax.Array
 
 _BLOCK_QUERIES = 32
 
 
-def window_scores_reference(
-    q: Array, lse: Array, pool: Any, layer: Array, pages: Array, end: Array,
-    query_position: Array, window: int, top: int | None, scale: float,
+def slots(pool: Any, pages: Array, end: Array) -> tuple[Array, Array]:
+    """Which slots count, bool[J, B, S], and their positions, int32[J, B, S].
+
+    Args:
+        pool: as in `api.window_scores`.
+        pages: int32[J, B, M], of the layer's group.
+        end: int32[J, B], likewise.
+    """
+    n, p = pool.k.shape[0], pool.k.shape[3]
+    j, b, m = pages.shape
+    slot = jnp.arange(m * p, dtype=jnp.int32)[None, None]
+    live = jnp.repeat(pages < n, p, axis=-1) & (slot < end[..., None])
+    if pool.position is None:
+        return live, jnp.broadcast_to(slot, live.shape)
+    position = pool.position[jnp.minimum(pages, n - 1)].reshape(j, b, m * p)
+    return live & (position >= 0), position
+
+
+def token_scores_reference(
+    q: Array, lse: Array, pool: Any, layer: Array, pages: Array, live: Array, position: Array,
+    query_position: Array, scale: float,
 ) -> Array:  # fmt: skip
-    """See `api.window_scores`."""
-    group = layer // pool.k.shape[1]
-    keys, live, position = _keys(pool, layer, pages[group], end[group])
-    live = live & (position >= 0)
-    tokens = _token_scores(q, lse, keys, live, position, query_position, scale)
-    live = jnp.repeat(live, q.shape[2] // live.shape[0], axis=0)  # [J * C * G, B, S]
-    return summarize(tokens, jnp.swapaxes(live, 0, 1), window, top)
+    """What the queries pay to each slot in all, float32[B, H, S].
+
+    Args:
+        q: as in `api.window_scores`, and so on.
+        lse: as there.
+        pool: as there.
+        layer: as there.
+        pages: int32[J, B, M], of the layer's group.
+        live: of `slots`.
+        position: likewise.
+        query_position: as there.
+        scale: as there.
+    """
+    keys = _keys(pool, layer, pages)
+    return _token_scores(q, lse, keys, live, position, query_position, scale)
 
 
-def _keys(pool: Any, layer: Array, pages: Array, end: Array) -> tuple[Array, Array, Array]:
-    """Keys float32[J, B, C, S, D], which slots count bool[J, B, S], and their positions."""
+def _keys(pool: Any, layer: Array, pages: Array) -> Array:
+    """float32[J, B, C, S, D]."""
     n, r, c, p, d = pool.k.shape
     j, b, m = pages.shape
     page = jnp.minimum(pages, n - 1)
     head = jnp.arange(c, dtype=jnp.int32)[None, None, :, None]
     keys = pool.k[page[:, :, None], layer % r, head].reshape(j, b, c, m * p, d)
-    slot = jnp.arange(m * p, dtype=jnp.int32)[None, None]
-    live = jnp.repeat(pages < n, p, axis=-1) & (slot < end[..., None])
-    position = jnp.broadcast_to(slot, live.shape)
-    if pool.position is not None:
-        position = pool.position[page].reshape(j, b, m * p)
-    return keys.astype(jnp.float32), live, position
+    return keys.astype(jnp.float32)
 
 
 def _token_scores(
