@@ -1,5 +1,7 @@
 """`kvjax bench kernels`: times `page_attention`, as the engine calls it: a scan over the layers.
 
+`other_kernels` has the cases of the other kernels.
+
 Every layer reads other bytes, so nothing is found in a cache that would not be there in use. Each
 layer's number depends on the output before it, so that the layers run one after the other, and no
 array is copied for the measurement's sake. The time is that of many calls less that of few, so
@@ -12,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ import tyro
 
 from kvjax.cache import KVPool
 from kvjax.errors import InputError
+from kvjax.infer.bench.roofline import Rates, Usage
 from kvjax.infer.commands.shared import parse_arguments
 from kvjax.pallas_kernels.page_attention import Items, WorkList, page_attention, prepare
 from kvjax.plan.step import cut_items
@@ -33,6 +36,7 @@ __all__ = [
     "main",
     "random_pool",
     "seconds_a_call",
+    "seconds_a_layer",
     "time_cudnn",
     "time_kernels",
     "work_of",
@@ -106,6 +110,8 @@ class Timing:
         microseconds: of one layer.
         terabytes: a second, of distinct keys and values.
         teraflops: a second, of scores and weighted values that the causal rule leaves.
+        floor: microseconds that these bytes, or these products if they take longer, need at the
+            `Rates` of an H200.
         implementation: whose.
     """
 
@@ -113,7 +119,15 @@ class Timing:
     microseconds: float
     terabytes: float
     teraflops: float
+    floor: float
     implementation: str
+
+    @classmethod
+    def of(cls, case: str, implementation: str, seconds: float, moved: float, flops: float) -> Self:
+        """From bytes moved and operations done."""
+        floor = max(Usage(flops=flops).seconds(Rates()), Usage(bytes=moved).seconds(Rates()))
+        rates = (moved / seconds / 1e12, flops / seconds / 1e12)
+        return cls(case, seconds * 1e6, *rates, floor * 1e6, implementation)
 
 
 def kernel_cases() -> tuple[Case, ...]:
@@ -279,29 +293,40 @@ def _time_case(case: Case, implementation: str | None) -> Timing:
         work, pool
     )
 
-    @jax.jit
-    def layers(q: Array, pool: KVPool, work: WorkList) -> Array:
-        def layer(zero: Array, number: Array) -> tuple[Array, None]:
-            out, _ = page_attention(q, pool, number + zero, work, implementation=implementation)
-            return jnp.where(jnp.abs(out[0, 0, 0]) > 1e9, 1, 0).astype(jnp.int32), None
+    def attend(number: Array, q: Array, pool: KVPool, work: WorkList) -> Array:
+        return page_attention(q, pool, number, work, implementation=implementation)[0]
 
-        return jax.lax.scan(layer, jnp.int32(0), jnp.arange(case.layers, dtype=jnp.int32))[0]
-
-    seconds = seconds_a_call(functools.partial(layers, q, pool, work)) / case.layers
+    seconds = seconds_a_layer(attend, case.layers, q, pool, work)
     return _timing(case, int(length.sum()), seconds, implementation or "default")
+
+
+def seconds_a_layer(attend: Callable[..., Array], layers: int, *arrays: Any) -> float:
+    """The device's time for one layer of a scan of `attend(layer, *arrays)`.
+
+    Args:
+        attend: gives some output, and reads other bytes in each layer.
+        layers: of the scan.
+        arrays: trees of arrays.
+    """
+
+    @jax.jit
+    def all_layers(*arrays: Any) -> Array:
+        def layer(zero: Array, number: Array) -> tuple[Array, None]:
+            out = attend(number + zero, *arrays)
+            return jnp.where(jnp.abs(out[(0,) * out.ndim]) > 1e9, 1, 0).astype(jnp.int32), None
+
+        return jax.lax.scan(layer, jnp.int32(0), jnp.arange(layers, dtype=jnp.int32))[0]
+
+    return seconds_a_call(functools.partial(all_layers, *arrays)) / layers
 
 
 def _timing(case: Case, total: int, seconds: float, implementation: str) -> Timing:
     """From a layer's time; `total` is the sum of the rows' lengths."""
     tokens = total - case.rows * sum(tokens for _, tokens in case.shared) + case.distinct
     pairs = case.queries * total - case.rows * case.queries * (case.queries - 1) // 2
-    return Timing(
-        case=case.name,
-        microseconds=seconds * 1e6,
-        terabytes=tokens * case.kv_heads * case.dim * 4 / seconds / 1e12,
-        teraflops=pairs * case.heads * case.dim * 4 / seconds / 1e12,
-        implementation=implementation,
-    )
+    moved = tokens * case.kv_heads * case.dim * 4
+    flops = pairs * case.heads * case.dim * 4
+    return Timing.of(case.name, implementation, seconds, moved, flops)
 
 
 def time_cudnn(case: Case) -> Timing | None:
@@ -350,12 +375,12 @@ def seconds_a_call(call: Callable[[], Any], repeats: int = 5) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchKernels:
-    """Time attention over pages on the device at hand, beside cuDNN on dense arrays."""
+    """Time the kernels on the device at hand, beside their peers."""
 
     only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT ...")] = ()
     """Parts of the names of the cases to run; nothing: all of them. They need up to 70 GB."""
     implementation: Literal["reference", "gpu", "tpu"] | None = None
-    """Of page_attention; nothing: the best one here."""
+    """Of those over pages; nothing: the best one here."""
     peer: Literal["cudnn", "none"] = "cudnn"
     """What else is timed, where it can be."""
     json: bool = False
@@ -364,22 +389,23 @@ class BenchKernels:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0."""
+    from kvjax.infer.bench.other_kernels import other_cases  # which are timed as those here are
+
     args = parse_arguments(BenchKernels, "kvjax bench kernels", argv)
+    named = {case.name: case for case in (*kernel_cases(), *other_cases())}
     cases = [
         case
-        for case in kernel_cases()
-        if not args.only or any(part in case.name for part in args.only)
+        for name, case in named.items()
+        if not args.only or any(part in name for part in args.only)
     ]
     if not cases:
-        names = "; ".join(case.name for case in kernel_cases())
+        names = "; ".join(named)
         raise InputError(f"no case is called {' or '.join(args.only)}: they are {names}")
     timings = []
     for case in cases:
-        timings += time_kernels((case,), args.implementation)
-        peer = time_cudnn(case) if args.peer == "cudnn" else None
-        timings += [peer] if peer else []
-        for timing in timings[-2:] if peer else timings[-1:]:
-            print(_line(timing), file=sys.stderr if args.json else sys.stdout)
+        for timing in _timings(case, args.implementation, args.peer != "none"):
+            timings.append(timing)
+            print(_line(timing), file=sys.stderr if args.json else sys.stdout, flush=True)
     if args.json:
         device = jax.devices()[0].device_kind
         found = [dataclasses.asdict(timing) for timing in timings]
@@ -387,8 +413,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _timings(case: Any, implementation: str | None, peers: bool) -> Iterator[Timing]:
+    if not isinstance(case, Case):
+        yield from case.timings(implementation, peers)
+        return
+    yield from time_kernels((case,), implementation)
+    peer = time_cudnn(case) if peers else None
+    yield from [peer] if peer else []
+
+
 def _line(timing: Timing) -> str:
     return (
         f"{timing.case:<50} {timing.implementation:<9} {timing.microseconds:9.1f} us "
-        f"{timing.terabytes:6.2f} TB/s {timing.teraflops:6.0f} TFLOP/s"
+        f"{timing.terabytes:6.2f} TB/s {timing.teraflops:6.0f} TFLOP/s, floor {timing.floor:.1f} us"
     )
