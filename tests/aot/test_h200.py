@@ -11,6 +11,7 @@ The file is the text of `jax._src.lib.xla_client.get_topology_for_devices(jax.de
 `MOSAIC_GPU_DUMP_TO=FOLDER` (which must exist) add what the assembler says of registers and spills.
 """
 
+import dataclasses
 import functools
 import os
 from pathlib import Path
@@ -23,6 +24,7 @@ from jax.sharding import SingleDeviceSharding
 
 from kvjax.cache import KVPool
 from kvjax.pallas_kernels.page_attention import Items, WorkList, page_attention, prepare
+from kvjax.pallas_kernels.window_scores import window_scores
 
 TARGET = os.environ.get("KVJAX_H200_TARGET", "")
 pytestmark = pytest.mark.skipif(not TARGET, reason="KVJAX_H200_TARGET names no target file")
@@ -108,3 +110,34 @@ def test_a_scan_over_layers_copies_nothing(placed):
     lowered = jax.jit(layers).trace(q, pool, work).lower(lowering_platforms=("cuda",))
     memory = lowered.compile().memory_analysis()
     assert memory.temp_size_in_bytes < 256 * 32 * 129 * 4 + 4 * q.size * 2 + 2**20
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"tracked": True, "page_size": 64, "dim": 64},
+        {"queries": 4, "heads": 64, "per_page": 1, "page_size": 8, "dim": 80},
+        {"queries": 128, "heads": 8, "page_size": 128, "dim": 256},
+    ],
+    ids=str,
+)
+def test_scores_hold_no_square(placed, sizes):
+    """What is allocated besides are the queries, padded, and the tokens' own sums."""
+    sizes = dict(sizes)
+    tracked, queries = sizes.pop("tracked", False), sizes.pop("queries", 32)
+    q, pool, work = arguments(placed, **sizes)
+    _, heads, dim = q.shape
+    if tracked:
+        pool = dataclasses.replace(pool, position=placed((pool.k.shape[0], pool.k.shape[3])))
+    rows, slots = work.pages.shape[2], work.pages.shape[3] * pool.k.shape[3]
+    score = functools.partial(window_scores, window=16, implementation="gpu")
+    call = (
+        placed((rows, queries, heads, dim), jnp.bfloat16),
+        placed((rows, queries, heads), jnp.float32),
+        pool, placed(()), work.pages, work.length, placed((rows, queries)),
+    )  # fmt: skip
+    lowered = jax.jit(score).trace(*call).lower(lowering_platforms=("cuda",))
+    memory = lowered.compile().memory_analysis()
+    own = rows * heads * (slots * 4 + -(-queries // 8) * 8 * (dim * 2 + 4)) + 8 * rows * slots
+    assert memory.temp_size_in_bytes < own + 2**20

@@ -21,6 +21,7 @@ from kvjax.cache import KVPool
 from kvjax.pallas_kernels.page_attention import Items, WorkList, page_attention, tpu_sizes
 from kvjax.pallas_kernels.page_write import page_write
 from kvjax.pallas_kernels.prefill_attention import prefill_attention
+from kvjax.pallas_kernels.window_scores import window_scores
 
 pytest.importorskip("libtpu")
 
@@ -194,6 +195,34 @@ def test_layers_in_a_scan_copy_no_page(chip, sizes):
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes == bytes_of(pool)
     assert memory.temp_size_in_bytes <= 16 << 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("chip", "sizes"),
+    [
+        ("v5e", {}),
+        ("v5p", {"C": 1, "M": 256, "tracked": True}),
+        ("v6e", {"A": 3, "P": 48, "D": 80}),
+        ("tpu7x", {"B": 4, "P": 64, "dtype": jnp.float32, "tracked": True}),
+    ],
+    ids=str,
+)
+def test_scores_hold_no_square(chip, sizes):
+    sizes = {"A": 32, "B": 1, "M": 2048} | sizes
+    A, B, M = (sizes.pop(x) for x in "ABM")
+    pool = pool_of(**sizes)
+    J, (P, D) = 8 // pool.k.shape[2], pool.k.shape[3:]
+    call = (
+        shaped(B, A, 32, D, dtype=pool.k.dtype), shaped(B, A, 32, dtype=jnp.float32), pool,
+        shaped(), shaped(1, J, B, M), shaped(1, J, B), shaped(B, A),
+    )  # fmt: skip
+    score = functools.partial(window_scores, window=16, implementation="tpu")
+    program = compiled(chip, score, call)
+    assert 0 < scoped_vmem(program, "window_scores_tpu") <= VMEM_BYTES
+    # The tokens' own sums a few times over, as XLA makes windows of them; a square is A of them.
+    assert program.memory_analysis().temp_size_in_bytes <= 6 * (32 * 4 * B * M * P) + (16 << 20)
+    assert program.cost_analysis()["flops"] >= 2 * (B * A * 32 * M * P) * D
 
 
 @pytest.mark.slow
