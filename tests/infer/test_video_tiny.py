@@ -1,12 +1,15 @@
 """The built-in video model and its judges: that they fit, and do what their card says."""
 
+import json
 from importlib import resources
 
+import imageio.v3 as iio
 import jax
 import numpy as np
 import pytest
 
-from kvjax.infer.bench.video_quality import VideoQuality, measure
+from kvjax.errors import InputError
+from kvjax.infer.bench.video_quality import main
 from kvjax.models.frame_features import load_network
 from kvjax.models.video_folder import load_video_model
 from kvjax.train.video_config import read_config
@@ -32,9 +35,17 @@ def test_the_judges_are_there(kind):
 
 
 @pytest.mark.slow
-def test_videos_go_on_as_the_motion_says():
-    args = VideoQuality(videos=4, rows=4, chunks=1, steps=8)
-    figures = measure(args, load_video_model("video-tiny"))
+def test_videos_go_on_as_the_motion_says(tmp_path, capsys):
+    size = ["--videos", "4", "--rows", "4", "--chunks", "1", "--steps", "8"]
+    assert main([*size, "--png", str(tmp_path / "curves.png"), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(figures["mse"]) == len(figures["digit_agreement"]) == 1
     assert figures["mse"][0] < figures["mse_of_last_frame_repeated"][0]
     assert figures["digit_agreement_of_truth"][0] > 0.8
+    height, width, _ = iio.imread(tmp_path / "curves.png").shape
+    assert width > 2 * height  # three panels side by side
+
+
+def test_a_picture_wants_a_folder(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        main(["--png", str(tmp_path / "no" / "curves.png")])
