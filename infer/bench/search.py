@@ -2,6 +2,10 @@
 
 Problems are Countdown's, judged exactly. Every search has the same problems and seeds, so that two
 of them differ by less than either is uncertain: differences come with paired bootstrap intervals.
+
+With `--out` each search's figures are a line of a file as soon as they are there, and searches that
+the file has are not run again. Several processes, each with some of the searches, may share a file:
+where the host is the bottleneck, they use its cores. One with all of them then shows the table.
 """
 
 import dataclasses
@@ -9,7 +13,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -65,8 +70,17 @@ class BenchSearch:
     """The most rows of the engine."""
     shared_reads: bool = False
     """Read pages that leaves share once for all of them."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Takes a JSON object for each search as soon as it has ended; searches that are in it already
+    are not run again."""
     json: bool = False
     """End with one JSON object on stdout."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that figures depend on, beside the search itself."""
+        apart = ("runs", "width", "reference", "out", "json")
+        return {name: v for name, v in dataclasses.asdict(self).items() if name not in apart}
 
 
 def bootstrap_interval(
@@ -131,35 +145,96 @@ def main(argv: Sequence[str] | None = None) -> int:
     task = TASKS[args.task]
     for options in runs.values():
         options.check(task)
-    widest = max(options.width for options in runs.values())
-    rows = min(args.max_rows, widest * min(args.at_a_time, args.problems))
-    llm, reward = load_models(
-        args.policy_model, args.reward, rows=rows, page_size=args.page_size, dtype=args.dtype,
-        kv_memory=None, shared_reads=args.shared_reads,
-    )  # fmt: skip
-    models = {id(m): m for m in (llm, reward.llm)}.values()
-    programs, start = sum(len(model.engine.grid.buckets) + 1 for model in models), time.time()
-    print(f"compiling {programs} programs for up to {rows} rows", file=sys.stderr, flush=True)
-    for model in models:
-        warm_up(model)
-    print(f"compiled in {time.time() - start:.1f} s", file=sys.stderr, flush=True)
-    questions = [Question(problem(args.problem_seed, i)[0].text) for i in range(args.problems)]
-    results: dict[str, dict[str, Any]] = {}
-    with CompilationCount() as compiled:
-        for name, options in runs.items():
-            results[name] = _measure(args, llm, reward, task, options, questions)
-            print(
-                _line(name, results[name]), file=sys.stderr if args.json else sys.stdout, flush=True
-            )
+    results = _read(args, runs)
+    missing = {name: options for name, options in runs.items() if name not in results}
+    compiled = _run(args, task, missing, results) if missing else {}
+    results = {name: results[name] for name in runs}
     _compare(args, results)
     result = {
-        "device": jax.devices()[0].device_kind, "policy": args.policy_model, "task": args.task,
-        "width": args.width, "problems": args.problems, "seeds": args.seeds,
-        "page_size": args.page_size, "compilations_after_warmup": compiled.count, "runs": results,
+        "device": jax.devices()[0].device_kind, **args.settings, **compiled, "runs": results,
     }  # fmt: skip
     if args.json:
         print(json.dumps(result))
     return 0
+
+
+def _run(
+    args: BenchSearch, task: SearchTask, runs: dict[str, MethodOptions],
+    results: dict[str, dict[str, Any]],
+) -> dict[str, int]:  # fmt: skip
+    """Runs searches, adds their figures to `results`, and says how many programs were compiled."""
+    widest = max(options.width for options in runs.values())
+    llm, reward = load_models(
+        args.policy_model, args.reward, rows=min(args.max_rows, widest * args.at_a_time),
+        page_size=args.page_size, dtype=args.dtype, kv_memory=None,
+        shared_reads=args.shared_reads,
+    )  # fmt: skip
+    start = time.perf_counter()
+    with CompilationCount() as warming:
+        for model in {id(m): m for m in (llm, reward.llm)}.values():
+            warm_up(model)
+    _say(f"{warming.count} programs in {time.perf_counter() - start:.1f} s")
+    questions = [Question(problem(args.problem_seed, i)[0].text) for i in range(args.problems)]
+    with CompilationCount() as compiled:
+        for name, options in runs.items():
+            results[name] = _measure(args, llm, reward, task, options, questions, _Progress(name))
+            _write(args, options, results[name])
+            print(
+                _line(name, results[name]), file=sys.stderr if args.json else sys.stdout, flush=True
+            )
+    return {
+        "compilations_of_warmup": warming.count, "compilations_after_warmup": compiled.count,
+    }  # fmt: skip
+
+
+def _read(args: BenchSearch, runs: dict[str, MethodOptions]) -> dict[str, dict[str, Any]]:
+    """Figures of the runs that the file has, by their names.
+
+    Raises:
+        InputError: there is something else in it.
+    """
+    if args.out is None or not args.out.exists():
+        return {}
+    try:
+        lines = [json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()]
+        same = [line for line in lines if line["settings"] == _plain(args.settings)]
+        known = {json.dumps(line["options"]): line["figures"] for line in same}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{args.out}: no file of kvjax bench search: give another --out") from None
+    keys = {name: json.dumps(_plain(dataclasses.asdict(o))) for name, o in runs.items()}
+    return {name: known[key] for name, key in keys.items() if key in known}
+
+
+def _write(args: BenchSearch, options: MethodOptions, figures: dict[str, Any]) -> None:
+    if args.out is None:
+        return
+    line = {"options": dataclasses.asdict(options), "settings": args.settings, "figures": figures}
+    try:
+        with args.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")  # in one piece, whoever else writes to it
+    except OSError as e:
+        raise InputError(f"{args.out}: cannot be written ({e.strerror})") from None
+
+
+def _plain(value: Any) -> Any:
+    """As it comes out of a file."""
+    return json.loads(json.dumps(value))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class _Progress:
+    """Says now and then how far a run has come."""
+
+    def __init__(self, name: str, seconds: float = 15.0) -> None:
+        self._name, self._seconds, self._last = name, seconds, time.monotonic()
+
+    def __call__(self, done: int, of: int) -> None:
+        if time.monotonic() - self._last > self._seconds:
+            self._last = time.monotonic()
+            _say(f"{self._name}: {done} of {of} problems")
 
 
 def _options(name: str, width: int) -> MethodOptions:
@@ -169,14 +244,15 @@ def _options(name: str, width: int) -> MethodOptions:
 
 def _measure(
     args: BenchSearch, llm: Any, reward: Any, task: SearchTask, options: MethodOptions,
-    questions: list[Question],
+    questions: list[Question], progress: Callable[[int, int], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Searches all problems with all seeds."""
     trees, costs, right, start = [], [], [], time.perf_counter()
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         found, choices, cost = search_all(
-            llm, reward, task, options, questions, at_a_time=args.at_a_time, seed=seed
-        )
+            llm, reward, task, options, questions, at_a_time=args.at_a_time, seed=seed,
+            progress=progress,
+        )  # fmt: skip
         trees += found
         costs += cost
         for question, choice in zip(questions, choices, strict=True):

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +24,9 @@ from kvjax.infer.search.tasks import TASKS, SearchTask, as_prompt
 from kvjax.models.reward import read_reward
 
 __all__ = ["Question", "Search", "load_models", "main", "read_questions", "search_all"]
+
+# Tokens of a work item on a CPU: a longer one costs its whole length however short the row is.
+_SPLIT_TOKENS = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,19 +124,22 @@ def load_models(
 
 
 def _few_shapes(llm: LLM) -> LLM:
-    """On an accelerator only the widest step is compiled: a search has nearly always many rows."""
-    grid = llm.engine.grid
-    if jax.default_backend() != "cpu":
-        grid = dataclasses.replace(
-            grid, row_buckets=grid.row_buckets[-1:], token_buckets=grid.token_buckets[-1:]
-        )
-        llm.engine.grid = llm.engine.planner.grid = grid  # nothing is compiled yet
+    """A search has many rows at a time, nearly always, and they are short."""
+    grid, cpu = llm.engine.grid, jax.default_backend() == "cpu"
+    rows = grid.max_rows
+    grid = dataclasses.replace(
+        grid, plain=False, row_buckets=(max(1, rows // 4), rows) if cpu and rows > 1 else (rows,),
+        token_buckets=(max(rows, 256),) if cpu else grid.token_buckets[-1:],
+        split_pages=max(1, _SPLIT_TOKENS // grid.page_size) if cpu else grid.split_pages,
+    )  # fmt: skip
+    llm.engine.grid = llm.engine.planner.grid = grid  # nothing is compiled yet
     return llm
 
 
 def search_all(
     llm: LLM, reward: Reward, task: SearchTask, options: MethodOptions,
     questions: Sequence[Question], *, at_a_time: int, seed: int, temperature: float = 1.0,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[list[Searched], list[Choice], list[Cost]]:  # fmt: skip
     """Searches questions in groups; trees, choices, and the cost of each group."""
     policy = options.policy(llm, task)
@@ -151,6 +157,7 @@ def search_all(
         found, cost = search(llm, group, policy, reward, params, first=first)
         trees += found
         costs.append(cost)
+        progress(len(trees), len(questions))
     vote = options.vote(task)
     choices = [
         choose(tree.ended, vote=vote, extract=task.extract, same=task.same) for tree in trees

@@ -87,13 +87,17 @@ class PrefixTrie:
         if not self.share or len(branch.pages) * size != len(branch) or branch._private:
             return 0
         node = branch._nodes[-1] if branch._nodes else self._root
+        pages: list[int] = []
         while found + size <= len(tokens):
             child = node.children.get(tuple(tokens[found : found + size]))
             if child is None:
                 break
-            self.ledger.hold([child.page])
-            self._append(branch, child)
+            branch._nodes.append(child)
+            pages.append(child.page)
             node, found = child, found + size
+        self.ledger.hold(pages)
+        branch.tokens.extend(tokens[:found])
+        branch.pages.extend(pages)
         return found
 
     def insert(self, tokens: Sequence[int]) -> Branch:
@@ -221,12 +225,6 @@ class PrefixTrie:
         self.ledger.release([branch.pages[depth]])
         branch.pages[depth] = twin.page
         branch._nodes.append(twin)
-
-    @staticmethod
-    def _append(branch: Branch, node: _Node) -> None:
-        branch.tokens.extend(node.key)
-        branch.pages.append(node.page)
-        branch._nodes.append(node)
 
     def _forget(self, page: int) -> None:
         # Whoever holds a page holds those before it, and `release` lets go of the last first: an

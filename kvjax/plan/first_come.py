@@ -166,6 +166,8 @@ class FirstCome:
         self.trie: PrefixTrie = PrefixTrie(ledger, grid.page_size)
         self.prefill_tokens_computed: int = 0
         self.preemptions: int = 0
+        # What the seated rows may yet need, while others are admitted.
+        self.promised_pages: int = 0
         self._known: dict[int, _Row] = {}  # all unfinished ones, by the ids of their requests
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []  # seated, oldest first
@@ -176,12 +178,6 @@ class FirstCome:
     def capacity(self) -> int:
         """The most tokens that a row can hold, its last one excepted."""
         return min(self.grid.max_length, self.ledger.num_pages * self.grid.page_size)
-
-    @property
-    def promised_pages(self) -> int:
-        """Pages that the seated rows may yet need."""
-        size = self.grid.page_size
-        return sum(row.future_pages(size) for row in self._rows)
 
     @property
     def busy(self) -> bool:
@@ -224,6 +220,9 @@ class FirstCome:
             if budget and row.seat >= 0 and (run := self._chunk(row, budget)):
                 runs.append((row, run))
                 budget -= len(run.tokens)
+        size = self.grid.page_size
+        if self._waiting:
+            self.promised_pages = sum(row.future_pages(size) for row in self._rows)
         while budget and self._waiting and self._free_seats and self._admit(self._waiting[0]):
             row = self._waiting.popleft()
             seats.append(self._seat(row))
@@ -231,6 +230,7 @@ class FirstCome:
             assert run is not None, "an admitted request has the pages of its tokens"
             runs.append((row, run))
             budget -= len(run.tokens)
+            self.promised_pages += row.future_pages(size)
         singles = [row for row in decoding if row.seat >= 0]  # some may have been thrown out since
         steps = 1 if runs else self._steps(singles)
         runs = [(row, self._single(row, steps)) for row in singles] + runs

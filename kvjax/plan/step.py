@@ -59,6 +59,8 @@ class Grid:
         fixed: a call runs one step or all S, and what is asked for is part of its shape: more
             shapes, but no loop and no condition that depends on data. A GPU waits for its host at
             every such place.
+        plain: whether, in a fixed grid, calls that want the likeliest tokens only have shapes of
+            their own; without, they run as the others do.
     """
 
     page_size: int = 16
@@ -71,6 +73,7 @@ class Grid:
     decode_steps: int = 8
     shared_pages: int = 0
     fixed: bool = False
+    plain: bool = True
 
     def __post_init__(self) -> None:
         for name in ("row_buckets", "token_buckets"):
@@ -90,7 +93,7 @@ class Grid:
     @property
     def buckets(self) -> tuple[Bucket, ...]:
         """Every shape that a step can have."""
-        kinds = (False, True) if self.fixed else (None,)
+        kinds = ((False, True) if self.plain else (True,)) if self.fixed else (None,)
         counts = {1, self.decode_steps} if self.fixed else {self.decode_steps}
         shapes = [(rows, rows, False, n) for rows in self.row_buckets for n in sorted(counts)]
         shapes += [(t, min(t, self.max_rows), True, 1) for t in self.token_buckets]
@@ -102,7 +105,7 @@ class Grid:
             b
             for b in self.buckets
             if b.tokens >= tokens and b.chunks == chunks and b.steps >= steps
-            and b.asks in (None, asks)
+            and b.asks in (None, True, asks)
         )  # fmt: skip
 
     def steps(self, most: int) -> int:

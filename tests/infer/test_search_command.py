@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from kvjax.errors import InputError
+from kvjax.infer.bench import search as bench
 from kvjax.infer.bench.search import bootstrap_interval
 from kvjax.infer.cli import main
 from kvjax.infer.commands.search import Question, read_questions
@@ -107,3 +108,36 @@ def test_intervals_of_paired_differences():
     a = np.maximum(b, (rng.random(400) < 0.2).astype(float))
     low, high = bootstrap_interval(a, b)
     assert 0.05 < low < (a - b).mean() < high < 0.15
+
+
+def test_a_measurement_goes_on_where_it_was_cut_off(tmp_path, capsys, monkeypatch):
+    """Figures are kept as soon as they are there, and only those of the same settings count."""
+    measured = []
+
+    def measure(args, llm, reward, task, options, questions, progress):
+        measured.append(options.width)
+        if options.width == 4 and len(measured) == 2:
+            raise KeyboardInterrupt
+        return {"accuracy": 0.5, "coverage": 0.5, "seconds": 1.0, "solved": "01"}
+
+    class Idle:
+        llm = None
+
+    monkeypatch.setattr(bench, "load_models", lambda *args, **options: (None, Idle))
+    monkeypatch.setattr(bench, "warm_up", lambda model: None)
+    monkeypatch.setattr(bench, "_measure", measure)
+    words = ["--problems", "2", "--width", "2", "--out", str(tmp_path / "runs.jsonl"), "--json"]
+    words += ["--runs", "rebase", "rebase,width=4"]
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(words)
+    assert bench.main(words) == 0
+    assert measured == [2, 4, 4]
+    result = json.loads(capsys.readouterr().out)
+    assert list(result["runs"]) == ["rebase", "rebase,width=4"]
+    assert result["runs"]["rebase,width=4"]["against_reference"] == [0, 0, 0]
+    assert bench.main(words) == 0
+    assert bench.main([*words, "--problem-seed", "5"]) == 0
+    assert measured == [2, 4, 4, 2, 4]
+    (tmp_path / "runs.jsonl").write_text("1 2>3\n")
+    with pytest.raises(InputError, match="no file of kvjax bench search"):
+        bench.main(words)
