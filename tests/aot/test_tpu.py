@@ -18,6 +18,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvjax.cache import KVPool
+from kvjax.pallas_kernels.frame_attention import frame_attention
 from kvjax.pallas_kernels.page_attention import Items, WorkList, page_attention, tpu_sizes
 from kvjax.pallas_kernels.page_write import page_write
 from kvjax.pallas_kernels.prefill_attention import prefill_attention
@@ -240,3 +241,26 @@ def test_prefill_attention_compiles_forwards_and_backwards(chip, D, window):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         text = compiled(chip, both, (q, kv, kv)).as_text()
     assert text.count('custom_call_target="tpu_custom_call"') >= 3  # forwards, and two backwards
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_frame_attention_reads_the_ring_where_it_lies(chip):
+    """XLA's own fusions do: nothing is in memory but the arguments and the result."""
+    new, ring = (shaped(1, 256, 16, t, 72, dtype=jnp.bfloat16) for t in (8, 25))
+
+    def attend(q, k, v, ring_k, ring_v, length):
+        return frame_attention(q, k, v, ring_k, ring_v, length=length, finite=True)
+
+    memory = compiled(chip, attend, (new, new, new, ring, ring, shaped())).memory_analysis()
+    assert memory.temp_size_in_bytes < 2**20
+
+
+@pytest.mark.slow
+def test_frame_attention_has_gradients():
+    def loss(q, k, v):
+        return jnp.sum(frame_attention(q, k, v).astype(jnp.float32))
+
+    new = shaped(1, 256, 16, 8, 72, dtype=jnp.bfloat16)
+    memory = compiled("v5e", jax.grad(loss, (0, 1, 2)), (new,) * 3).memory_analysis()
+    assert memory.temp_size_in_bytes < 2**20  # no scores: frames see each other in fusions
