@@ -15,6 +15,7 @@ def moving_bar(frames=12, height=32, width=48):
 
 
 # A GIF keeps 256 colours of a frame, of which these have two; mp4 is lossy.
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "off"), [("a.gif", 0), ("a.mp4", 8)])
 def test_what_is_written_comes_back(tmp_path, name, off):
     path, video = tmp_path / "new" / name, moving_bar()

@@ -41,6 +41,7 @@ def held(total, capacity, sinks):
     return [*range(min(sinks, total)), *last]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 9).flatmap(lambda c: st.tuples(st.just(c), st.integers(0, c - 1))),

@@ -38,6 +38,7 @@ def test_a_lightly_noised_prefix_keeps_timestep_0():
     np.testing.assert_array_equal(clip.t, plain.t)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 def test_only_target_frames_count(prediction):
     clip = clip_of()

@@ -55,6 +55,7 @@ def run(llm, tmp_path, records, model="m"):
     return summary, answers(tmp_path / "out.jsonl")
 
 
+@pytest.mark.slow
 def test_answers_have_the_form_that_clients_read(llm, tmp_path):
     summary, lines = run(llm, tmp_path, [chat("a", temperature=0), completion("b"), chat("c")])
     assert (summary.requests, summary.failed, summary.resumed) == (3, 0, 0)
@@ -321,6 +322,7 @@ def tight(tmp_path_factory):
     return models_for_tests.lean_llm(folder, kv_memory=6 * page + table - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimistic", [False, True])
 def test_a_small_cache_answers_what_fits_and_refuses_what_never_will(
     llm, tight, tmp_path, optimistic

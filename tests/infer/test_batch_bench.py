@@ -13,6 +13,8 @@ from kvjax.infer.planners import make_planner
 from kvjax.models import DecoderConfig
 from kvjax.plan import Grid, Request
 
+pytestmark = pytest.mark.slow
+
 # A layer multiplies a token with 2 * (4 + 2 + 2 + 4) + 3 * 2 * 5 = 54 weights, the logits are 7 * 2
 # more; a token of the cache has 2 * 1 * 2 * 1 numbers of 4 bytes.
 MODEL = DecoderConfig(
@@ -57,7 +59,6 @@ def test_what_a_call_does_is_counted_from_its_work_items():
     assert found["flop_utilisation"] == found["bandwidth_utilisation"] == 0.5
 
 
-@pytest.mark.slow
 def test_the_command_compares_policies(capsys):
     options = (
         "--shape.requests 12 --shape.shared 20 --shape.own 5 --shape.output 4 --shape.degree 4"

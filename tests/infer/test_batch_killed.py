@@ -14,6 +14,8 @@ import pytest
 
 from kvjax.infer import LLM, SamplingParams
 
+pytestmark = pytest.mark.slow
+
 DOCUMENT = "The code of the red heron is 2350. The code of the blue falcon is 8841."
 COUNT = 40
 
@@ -52,7 +54,6 @@ def kill_after(process, path, new_lines, seconds):
     return process.returncode == -signal.SIGKILL
 
 
-@pytest.mark.slow
 def test_killed_at_random_moments_every_request_is_answered_once(tmp_path):
     """Kills at the start and between answers, and a line torn in its middle by hand: a line is one
     write, which no kill we could time has ever cut."""

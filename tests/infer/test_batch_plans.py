@@ -13,6 +13,8 @@ from kvjax.infer.engine import Engine
 from kvjax.infer.planners import PLANNED, POLICIES, make_planner
 from kvjax.plan import Grid, Request, plan_prefixes
 
+pytestmark = pytest.mark.slow
+
 GRID = Grid(
     page_size=4, max_rows=8, pages_per_row=16, row_buckets=(8,), token_buckets=(32,),
     split_pages=3, tile_queries=8, decode_steps=4, shared_pages=1,
@@ -131,7 +133,6 @@ def test_rows_that_were_not_planned_read_together_too(engine, expected):
     assert answer(engine, make_requests(), "fcfs-lru", grouped=True)[0] == expected
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
     [

@@ -8,6 +8,8 @@ from kvjax.errors import InputError
 from kvjax.infer.bench import video
 from kvjax.infer.bench.video import BenchVideo, chunk_macs, main
 
+pytestmark = pytest.mark.slow
+
 
 def macs(method, variant, number, **options):
     config = BenchVideo(**options).config(method, variant)
@@ -42,7 +44,6 @@ def test_the_bounds_of_80_frames(other, variant, bound):
     )
 
 
-@pytest.mark.slow
 def test_command(capsys, monkeypatch):
     peer = {"framework": "PyTorch", "peer": "torch", "prefix_attention": "none", "call_ms": 100.0}
     monkeypatch.setattr(video, "_peer", lambda args, variant: dict(peer))

@@ -63,6 +63,7 @@ def held(llm):
     return llm.engine.planner.ledger.held
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_turn_computes_what_is_new_and_answers_as_without_pages(base, llm, temperature):
     """At most a partly filled page comes before the new tokens."""

@@ -14,6 +14,8 @@ import pytest
 
 from kvjax.infer.cli import main
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -117,7 +119,6 @@ def batch(folder, model, out, **options):
     )  # fmt: skip
 
 
-@pytest.mark.slow
 def test_batch_from_a_shell(folder, tmp_path):
     """Progress where somebody looks, JSON last on stdout, a status; a full disk is one line."""
     requests = [

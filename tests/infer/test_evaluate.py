@@ -18,6 +18,8 @@ from kvjax.infer.evaluate_suite import Suite, read_suite
 from kvjax.select import SnapKV, WindowKV
 from kvjax.train.tasks import TASKS, Setting, make_task
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model():

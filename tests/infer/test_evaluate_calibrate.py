@@ -8,8 +8,9 @@ from kvjax.infer.evaluate import Model
 from kvjax.infer.evaluate_calibrate import calibrate_shares
 from kvjax.select import WindowKV
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_shares_make_the_answers_likelier():
     model = Model.load("tiny")
     prompts = list(make_prompts(model.tokenizer, "multi_query", 256, 11, 4))

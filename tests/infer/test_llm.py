@@ -66,6 +66,7 @@ def test_greedy_answers_equal_a_dense_recompute(llm, logits):
     assert llm.engine.planner.ledger.held == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [1, 7, 64])
 def test_chunked_prefill_equals_whole_prefill(folder, logits, budget):
     """Prompts in chunks of at most 1, 7 and 64 tokens, windows straddling them."""

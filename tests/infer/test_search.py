@@ -86,6 +86,7 @@ def live_pages(trees):
     return {s[: i + PAGE] for s in leaves for i in range(0, len(s) - PAGE + 1, PAGE)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_step_is_what_its_sequence_alone_would_draw(llm, reward, name):
     """Attention through shared, pruned and used-again pages equals attention without a cache."""
@@ -310,6 +311,7 @@ def test_answers_are_found_where_they_are_announced():
     assert last_number_or_box("nothing") is None
 
 
+@pytest.mark.slow
 def test_a_model_with_a_head_judges_from_a_cache_of_its_own(llm, tmp_path):
     """`ValueReward` on `value_decoder` is the sigmoid of the head."""
     graph, params = models_for_tests.random_decoder()

@@ -15,8 +15,9 @@ from kvjax.infer.search.methods import METHODS, MethodOptions, read_method
 from kvjax.infer.search.tasks import TASKS
 from kvjax.models.countdown.game import judge, problem, read_problem
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_the_built_in_model_solves_problems(tmp_path, capsys):
     questions = tmp_path / "questions.txt"
     problems = [problem(6_000_000, index)[0] for index in range(4)]

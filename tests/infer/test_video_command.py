@@ -14,6 +14,8 @@ from kvjax.models.video_folder import VideoModel, save_video_model
 from kvjax.moving_digits import MovingDigits, load_digit_images
 from kvjax.video_files import count_frames, read_frames, write_video
 
+pytestmark = pytest.mark.slow
+
 CONFIG = VideoDiTConfig(
     height=8, width=8, channels=1, patch=4, num_layers=2, embed_dim=16, num_heads=2, chunk=2,
     max_prefix=3, prefix_frames=2,

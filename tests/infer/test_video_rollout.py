@@ -24,6 +24,8 @@ from kvjax.infer.video import (
 from kvjax.models import video_rollout
 from kvjax.models.video_dit import Text
 
+pytestmark = pytest.mark.slow
+
 # Random weights know no noise: data is what they predict, and is kept in range.
 SAMPLER = Sampler(steps=3, prediction="x0", clip=1.0)
 CA2 = Rollout(sampler=SAMPLER)
@@ -41,7 +43,6 @@ def chunks(model, count, first=FIRST, keys=KEYS, options=CA2, text=None):
     return np.asarray(jnp.concatenate(list(made), axis=1))
 
 
-@pytest.mark.slow
 def test_the_cache_equals_recomputing_everything(model):
     """With the same noise, past the first frames that leave; 1e-4 after three steps a chunk."""
     joint = chunks(model, 3, options=dataclasses.replace(CA2, method="joint"))
@@ -100,7 +101,6 @@ def test_a_lightly_noised_prefix_changes_what_follows(model):
     assert np.abs(chunks(model, 1, options=noised) - chunks(model, 1)).max() > 1e-3
 
 
-@pytest.mark.slow
 def test_guidance():
     """Two rows a video, with caches of their own: at 0 the video without text, beyond 1 neither."""
     model = split_video_model(tiny_model(max_prefix=5, num_layers=2, text_dim=6, text_tokens=3))

@@ -14,6 +14,8 @@ from kvjax.models.frame_features import load_network
 from kvjax.models.video_folder import load_video_model
 from kvjax.train.video_config import read_config
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_files_take_less_than_12_megabytes():
     folder = resources.files("kvjax.models") / "video_tiny"
@@ -34,7 +36,6 @@ def test_the_judges_are_there(kind):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(load_network(kind).params))
 
 
-@pytest.mark.slow
 def test_videos_go_on_as_the_motion_says(tmp_path, capsys):
     size = ["--videos", "4", "--rows", "4", "--chunks", "1", "--steps", "8"]
     assert main([*size, "--png", str(tmp_path / "curves.png"), "--json"]) == 0

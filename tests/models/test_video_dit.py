@@ -64,6 +64,7 @@ def recomputed(calls, video, noisy, prefix, **options):
     return out[:, prefix : prefix + calls.config.chunk]
 
 
+@pytest.mark.slow
 def test_cached_equals_recomputed(calls):
     """Before and after frames have left the ring: up to 29 frames through room for 13."""
     video, chunk = random_video(2, FRAMES), calls.config.chunk
@@ -84,6 +85,7 @@ def window(calls, video, noisy, prefix):
     return calls.whole(x, clip_times(13, 17, T), prefix=clean, frames=frames)[:, 13:]
 
 
+@pytest.mark.slow
 def test_a_cache_remembers_more_than_its_window(plain):
     """Deeper layers of cached frames have seen frames that have left; a single layer has not."""
     shallow, video = Calls(prefix_attention="none", num_layers=1), random_video(2, FRAMES)
@@ -94,6 +96,7 @@ def test_a_cache_remembers_more_than_its_window(plain):
         assert difference < 1e-5 if calls is shallow else difference > 1e-3
 
 
+@pytest.mark.slow
 def test_prefix_keys_do_not_depend_on_the_noise(code):
     """So one cache serves all denoising steps; it is what the ring holds."""
     video = random_video(2, 9)
@@ -192,6 +195,7 @@ def test_one_timestep_a_row_or_one_a_frame(plain):
     close(plain.whole(x, wide), plain.whole(x, T), 1e-6)
 
 
+@pytest.mark.slow
 def test_prefix_attention():
     """Keys thrice are keys once; fewer frames than wanted are the first one again."""
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 3, 4, 4, 8)) for i in range(3))
@@ -224,6 +228,7 @@ def test_prefix_attention_sees_the_last_frames_alone(variant):
     assert error(calls.denoise(noisy, T, newer), plain) > 1e-3
 
 
+@pytest.mark.slow
 def test_chunks_shorter_than_the_prefix(code):
     """The last three frames are kept across writes of two."""
     calls = Calls(prefix_attention="code", chunk=2)
@@ -235,6 +240,7 @@ def test_chunks_shorter_than_the_prefix(code):
         ring = calls.write(video[:, prefix : prefix + 2], ring)
 
 
+@pytest.mark.slow
 def test_rows_do_not_mix(code):
     video, noisy = random_video(2, 5), random_video(2, 4, seed=1)
     together = code.denoise(noisy, T, code.ring(video, 5))

@@ -20,6 +20,8 @@ from kvjax.models.hf_files import file_tensors
 from kvjax.models.video_dit import Text
 from kvjax.models.video_import import from_state_dict, load_released, released_config
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parent / "ca2vdm"
 SIZES = {"height": 8, "width": 8, "num_heads": 2, "chunk": 4, "max_prefix": 9}
 MODELS = ("cyclic", "rope")

@@ -35,6 +35,7 @@ def test_one_key_is_its_value():
 
 
 # bfloat16 has 8 bits: inputs are exact, weights and the result are rounded.
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
 @pytest.mark.parametrize("length", [0, 1, 5, 7])
 def test_a_ring_and_new_frames(length, dtype, tolerance):
@@ -60,6 +61,7 @@ def test_masks_of_rows():
         np.testing.assert_allclose(out[row : row + 1], expected, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_gradients_reach_everything():
     """Against the same computed densely; a slot that is not in use gets none."""
     new, held = (1, 2, 1, 3, 4), (1, 2, 1, 5, 4)

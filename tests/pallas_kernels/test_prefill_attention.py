@@ -82,6 +82,7 @@ def test_a_window_may_be_data(dtype):
     np.testing.assert_allclose(lse, expected_lse, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "length"), [("cudnn", 70), ("splash", 128)])
 def test_gradients_are_the_references(monkeypatch, name, length):
     qkv = inputs(length)

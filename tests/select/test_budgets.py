@@ -83,6 +83,7 @@ def test_a_pyramid_upside_down_is_refused():
         code_budgets(2048, 16, 2)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)  # compiles
 @given(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200)), min_size=1, max_size=8))
 def test_redistribution_exceeds_neither_limits_nor_the_sum(parts):

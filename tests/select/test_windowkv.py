@@ -150,6 +150,7 @@ def test_the_count_of_the_released_code(view, window):
         assert min(windows, budget // window) <= found <= -(-budget // window)
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_its_batch_nor_on_what_is_beyond_its_end():
     q, k, v = random_arrays(rows=3, tokens=64)
     policy = WindowKV(window=8, alpha=4, group=2, heads="each")

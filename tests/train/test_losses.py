@@ -39,6 +39,7 @@ def inputs(rows, length, seed=0, dtype=jnp.float32):
     )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=5)
 @given(
     rows=st.integers(1, 3), length=st.sampled_from([1, 4, 6, 7]), chunk=st.integers(1, 24),
@@ -94,6 +95,7 @@ def test_logits_live_a_chunk_at_a_time():
     assert memory[1].temp_size_in_bytes < memory[0].temp_size_in_bytes / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_next_tokens_of_a_decoder(tied):
     config = dataclasses.replace(CONFIG, tie_embeddings=tied)

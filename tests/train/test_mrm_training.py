@@ -23,6 +23,8 @@ from kvjax.train.reward_data import RewardBatch, RewardFile, make_batches, write
 from kvjax.train.step import init_state, make_step
 from kvjax.train.tasks.safety import SafetyWorld
 
+pytestmark = pytest.mark.slow
+
 CONFIG = dataclasses.replace(
     models_for_tests.CONFIG, vocab_size=40, num_layers=2, embed_dim=24, mlp_dim=32, head_dim=8,
     windows=(), qkv_bias=False, max_positions=16,
@@ -224,7 +226,6 @@ def test_a_world_rates_its_own_answers(tmp_path):
     assert file.arrays["reward"].max() > 4
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 def test_a_run_resumes_and_writes_a_model(tmp_path, head):
     world_file(tmp_path / "w.npz")
@@ -245,7 +246,6 @@ def test_a_run_resumes_and_writes_a_model(tmp_path, head):
     np.testing.assert_array_equal(a[2], RewardFile(tmp_path / "w.npz").arrays["seen"])
 
 
-@pytest.mark.slow
 def test_a_teacher_that_can_be_met_is_met(tmp_path):
     """Rewards that another adapter of the same base gives: the error goes to almost nothing."""
     teacher, truth = model(scale=0.2)

@@ -23,6 +23,8 @@ from kvjax.train.rollouts import make_sampler
 from kvjax.train.step import StepOptions
 from kvjax.train.tasks import Mixture
 
+pytestmark = pytest.mark.slow
+
 MODEL = DecoderConfig(
     vocab_size=262, num_layers=2, embed_dim=32, mlp_dim=48, num_heads=2, num_kv_heads=1,
     head_dim=16, max_positions=160, tie_embeddings=True, qk_norm=True,
@@ -140,7 +142,6 @@ def tiny_config(policy):
     )  # fmt: skip
 
 
-@pytest.mark.slow
 def test_a_run_resumes_and_writes_a_model_that_judges(tmp_path, tokenizer):
     _, params, _ = decoder_of()
     policy = tmp_path / "policy"

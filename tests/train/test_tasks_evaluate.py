@@ -33,6 +33,7 @@ def likeliest(split, ids):
     return int(jnp.argmax(decoder.logits(hidden[0, -1])))
 
 
+@pytest.mark.slow
 def test_an_answer_is_right_if_it_is_what_the_model_writes(split):
     prompt, answer = [5, 9, 2, 300], []
     for _ in range(3):

@@ -19,6 +19,8 @@ from kvjax.train.lm_config import read_config
 from kvjax.train.tasks import Mixture
 from kvjax.train.tasks.evaluate import Options, evaluate
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(kvjax.models.__file__).parent / "tiny"
 DEMOS = Path(__file__).parents[2] / "demos"
 NEW_TOKENS = 5
@@ -60,7 +62,6 @@ def lines(name):
     return [json.loads(line) for line in (DEMOS / name).read_text().splitlines()]
 
 
-@pytest.mark.slow
 def test_it_answers_the_demo(model, tokenizer):
     requests, expected = lines("requests.jsonl"), lines("expected.jsonl")
     prompts = [tokenizer.encode_chat(request["body"]["messages"]) for request in requests]
@@ -73,7 +74,6 @@ def test_it_answers_the_demo(model, tokenizer):
     assert right >= 62  # of 64; rounding differs between machines
 
 
-@pytest.mark.slow
 def test_it_answers_fresh_questions_of_every_task():
     """The card's figures are those of 1000 prompts each; these few must not contradict them."""
     options = Options(model=FOLDER, lengths=(512,), prompts=16, seed=4_000_000)

@@ -11,6 +11,8 @@ from kvjax.moving_digits import MovingDigits
 from kvjax.train.video_data import DigitClips, open_folder
 from kvjax.video_files import write_video
 
+pytestmark = pytest.mark.slow
+
 MODEL = VideoDiTConfig(
     height=8, width=8, channels=3, num_layers=1, embed_dim=8, num_heads=2, chunk=2, max_prefix=3
 )

@@ -13,6 +13,8 @@ from kvjax.train.video_data import open_folder
 from kvjax.train.video_latents import main
 from kvjax.video_files import to_unit, write_video
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[1] / "models" / "autoencoder_kl"
 
 

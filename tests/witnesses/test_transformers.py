@@ -24,6 +24,8 @@ from kvjax.models import Decoder, DecoderConfig, Rope, causal_attend
 from kvjax.models.hf import load, save
 from kvjax.models.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def torch() -> ModuleType:
