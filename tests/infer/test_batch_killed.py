@@ -17,7 +17,7 @@ from kvjax.infer import LLM, SamplingParams
 pytestmark = pytest.mark.slow
 
 DOCUMENT = "The code of the red heron is 2350. The code of the blue falcon is 8841."
-COUNT = 40
+COUNT = 24
 
 
 def body(i):
