@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kvjax.pallas_kernels.few_rows import gated_product, product
+
 __all__ = [
     "Attend", "Decoder", "DecoderConfig", "JoinedBlock", "LayerParams", "Rope", "join_products",
     "split_layers",
@@ -141,13 +143,17 @@ def rotate(x: Array, positions: Array, inverse_frequencies: np.ndarray) -> Array
 
 
 class Linear(nnx.Module):
-    """A product over the leading axes of `kernel`, with an optional bias over the others."""
+    """A product over the leading axes of `kernel`, with an optional bias over the others.
+
+    `streams` says that few rows may go through `few_rows`, whose kernel no mesh can split.
+    """
 
     def __init__(
         self, inputs: tuple[int, ...], outputs: tuple[int, ...], bias: bool, dtype: Any,
         *, rngs: nnx.Rngs,
     ) -> None:  # fmt: skip
         self.axes: int = len(inputs)
+        self.streams: bool = False
         std = math.prod(inputs) ** -0.5
         kernel = std * jax.random.normal(rngs.params(), inputs + outputs, jnp.float32)
         self.kernel: Weight = nnx.Param(kernel.astype(dtype))
@@ -157,7 +163,12 @@ class Linear(nnx.Module):
         kernel = self.kernel[...]
         # float32 means float32, on accelerators too, where the default is a shorter product.
         precision = "highest" if kernel.dtype == jnp.float32 else None
-        y = jnp.tensordot(x, kernel, self.axes, precision=precision)
+        if self.streams:
+            rows, outputs = x.shape[: x.ndim - self.axes], kernel.shape[self.axes :]
+            matrix = kernel.reshape(math.prod(kernel.shape[: self.axes]), -1)
+            y = product(x.reshape(*rows, -1), matrix).reshape(*rows, *outputs)
+        else:
+            y = jnp.tensordot(x, kernel, self.axes, precision=precision)
         if self.bias is None:
             return y
         bias = self.bias[...]
@@ -194,16 +205,15 @@ class Block(nnx.Module):
         q, k = rotate(q, positions, freq), rotate(k, positions, freq)
         out, state = attend(layer, q, k, v, state)
         x = x + self.out(out)
-        gate, up = self._gates(rms_norm(x, self.mlp_norm[...], eps))
-        return x + self.down(jax.nn.silu(gate) * up), state
+        return x + self.down(self._gated(rms_norm(x, self.mlp_norm[...], eps))), state
 
     def _heads(self, y: Array) -> tuple[Array, Array, Array]:
         """Queries [..., H, D], keys and values [..., K, D] of normed states."""
         return self.q(y), self.k(y), self.v(y)
 
-    def _gates(self, y: Array) -> tuple[Array, Array]:
-        """The MLP's two first products, [..., F], of normed states."""
-        return self.gate(y), self.up(y)
+    def _gated(self, y: Array) -> Array:
+        """The MLP's first half, [..., F], of normed states."""
+        return jax.nn.silu(self.gate(y)) * self.up(y)
 
 
 class JoinedBlock(Block):
@@ -213,7 +223,7 @@ class JoinedBlock(Block):
     reads its weights at nearly the memory's rate.
     """
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, *, streams: bool, rngs: nnx.Rngs) -> None:
         super().__init__(config, rngs=rngs)
         c, dtype = config, jnp.dtype(config.dtype)
         group = c.num_heads // c.num_kv_heads + 2
@@ -222,15 +232,19 @@ class JoinedBlock(Block):
         self.qkv: Linear = Linear((c.embed_dim,), heads, c.qkv_bias, dtype, rngs=rngs)
         self.gate_up: Linear = Linear((c.embed_dim,), (2, c.mlp_dim), c.mlp_bias, dtype, rngs=rngs)
         del self.q, self.k, self.v, self.gate, self.up
+        for linear in (self.qkv, self.out, self.gate_up, self.down):
+            linear.streams = streams
 
     def _heads(self, y: Array) -> tuple[Array, Array, Array]:
         x = self.qkv(y)
         q = x[..., :-2, :].reshape(*x.shape[:-3], self.config.num_heads, self.config.head_dim)
         return q, x[..., -2, :], x[..., -1, :]
 
-    def _gates(self, y: Array) -> tuple[Array, Array]:
+    def _gated(self, y: Array) -> Array:
+        if self.gate_up.streams and self.gate_up.bias is None:
+            return gated_product(y, self.gate_up.kernel[...])
         x = self.gate_up(y)
-        return x[..., 0, :], x[..., 1, :]
+        return jax.nn.silu(x[..., 0, :]) * x[..., 1, :]
 
 
 class Decoder(nnx.Module):
@@ -353,7 +367,11 @@ def split_layers(
 
 
 def join_products(
-    graph: nnx.GraphDef[Any], params: nnx.State[Any, Any], layers: LayerParams
+    graph: nnx.GraphDef[Any],
+    params: nnx.State[Any, Any],
+    layers: LayerParams,
+    *,
+    streams: bool = False,
 ) -> tuple[nnx.GraphDef[Any], nnx.State[Any, Any], LayerParams]:
     """A decoder with one product for queries, keys and values and one for the MLP's two inputs.
 
@@ -361,12 +379,16 @@ def join_products(
         graph: of `nnx.split(decoder)`.
         params: from `split_layers`.
         layers: likewise; what is joined of them is deleted.
+        streams: whether products of few rows may use the kernel of `few_rows`, where there is one:
+            not where the parameters are split over a mesh.
 
     Returns:
         The same three of a decoder of `JoinedBlock`s.
     """
     decoder = nnx.merge(graph, params)
-    abstract = nnx.eval_shape(lambda: JoinedBlock(decoder.config, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(
+        lambda: JoinedBlock(decoder.config, streams=streams, rngs=nnx.Rngs(0))
+    )
     block, shapes = nnx.split(abstract)
     joined = tuple(_join(decoder.config, shapes, layer) for layer in layers)
     decoder.blocks = nnx.merge(block, joined[0])

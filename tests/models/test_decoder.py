@@ -121,7 +121,7 @@ def test_joined_products_are_the_same_products(variant: str) -> None:
     config = dataclasses.replace(SMALL, **VARIANTS[variant])
     graph, params = make(config)
     expected = run(config, params, TOKENS)
-    graph, first, layers = join_products(graph, *split_layers(params))
+    graph, first, layers = join_products(graph, *split_layers(params), streams=True)
     assert set(layers[0]) & {"q", "k", "v", "gate", "up"} == set()
 
     @jax.jit
@@ -136,6 +136,7 @@ def test_joined_products_are_the_same_products(variant: str) -> None:
     np.testing.assert_allclose(logits(first, layers), expected, atol=atol, rtol=0)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_and_logits_are_float32() -> None:
     config = dataclasses.replace(SMALL, dtype="bfloat16", qkv_bias=True, qk_norm=True)
     _, params = make(config)
