@@ -16,6 +16,8 @@ _COMMANDS = {
     "eval": ("kvjax.infer.commands.evaluate", "what compressed caches lose and save"),
     "search": ("kvjax.infer.commands.search", "solve questions by tree search"),
     "video": ("kvjax.infer.commands.video", "go on from a first frame"),
+    "private setup": ("kvjax.infer.commands.private_setup", "make the parties' environment"),
+    "private run": ("kvjax.infer.commands.private", "continue a prompt that nobody else sees"),
     "train lm": ("kvjax.train.lm", "train a small language model"),
     "train task-classifier": ("kvjax.train.task_classifier", "tell finding from gathering"),
     "train prm": ("kvjax.train.prm", "teach a policy to judge its own beginnings"),
@@ -27,7 +29,9 @@ _COMMANDS = {
     "bench batch-sim": ("kvjax.infer.bench.batch_sim", "the same, counted without a model"),
     "bench generate": ("kvjax.infer.bench.generate", "our tokens a second beside a peer's"),
     "bench kernels": ("kvjax.infer.bench.kernels", "the kernels beside their peers and the floor"),
+    "bench private": ("kvjax.infer.bench.private", "bytes and rounds of a private step"),
     "bench search": ("kvjax.infer.bench.search", "tree searches beside each other"),
+    "bench tree": ("kvjax.infer.bench.tree", "a search tree decoded as a tree and leaf by leaf"),
     "bench video": ("kvjax.infer.bench.video", "video chunks with and without the cache"),
     "bench video-quality": ("kvjax.infer.bench.video_quality", "generated against true motion"),
     "bench train": ("kvjax.train.bench", "the training step beside a peer's"),
@@ -46,7 +50,7 @@ def _find(argv: Sequence[str]) -> tuple[str, list[str]]:
         words = name.split()
         if list(argv[: len(words)]) == words:
             return module, list(argv[len(words) :])
-    asked = " ".join(argv[:2]) if argv[0] in ("train", "bench") else argv[0]
+    asked = " ".join(argv[:2]) if argv[0] in ("train", "bench", "private") else argv[0]
     raise InputError(f"no command {asked!r}: use one of {', '.join(_COMMANDS)}")
 
 

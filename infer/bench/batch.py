@@ -29,7 +29,7 @@ from kvjax.models import Decoder, DecoderConfig
 from kvjax.models.decoder import Rope
 from kvjax.plan import FirstCome, Grid, Planned, Request, Sampled
 
-__all__ = ["MODELS", "BenchBatch", "main"]
+__all__ = ["MODELS", "BenchBatch", "main", "random_engine"]
 
 MODELS = {
     "tiny": DecoderConfig(
@@ -128,10 +128,14 @@ def build(args: BenchBatch) -> Engine:
         token_buckets=args.token_buckets, split_pages=max(1, args.split_tokens // args.page_size),
         decode_steps=args.decode_steps, shared_pages=max(1, 64 // args.page_size),
     )  # fmt: skip
+    return random_engine(config, grid, max(args.kv_tokens) // args.page_size)
+
+
+def random_engine(config: DecoderConfig, grid: Grid, num_pages: int) -> Engine:
+    """An engine with random weights, made on the device."""
     graph, _ = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
     params = jax.jit(lambda: nnx.state(Decoder(config, rngs=nnx.Rngs(0))))()
-    pages = max(args.kv_tokens) // args.page_size
-    return Engine(graph, params, config, grid, pages, consume=True)
+    return Engine(graph, params, config, grid, num_pages, consume=True)
 
 
 def run_policy(

@@ -153,7 +153,8 @@ def draw_steps(
         if row.done:
             if output.finish_reason is None:
                 planner.cancel([output.id])  # it ended with a token that the engine does not know
-            del row.tokens[cut:]
+            if cut is not None:  # else it has all the tokens that it may have
+                del row.tokens[cut:]
             if row.tokens and row.tokens[-1] in ends.solution:
                 row.tokens.pop()
                 row.ended = True

@@ -107,6 +107,9 @@ def test_every_step_is_what_its_sequence_alone_would_draw(llm, reward, name):
         at = len(tree.root.tokens)
         for node in leaf.lineage()[1:]:
             seed = np.uint32(fold_seed(PARAMS.seed, 0, node.path))
+            # A step ends with an end, with its most tokens, or with the solution.
+            text = llm.tokenizer.decode(node.tokens[-1:])
+            assert text.endswith(ENDS) or len(node.tokens) == 9 or node.fate == "too long"
             for token in node.tokens:
                 assert int(redraw(scores[row, at - 1], seed, jnp.int32(at))) == token
                 at += 1
