@@ -2,9 +2,10 @@
 
     kvjax train video --config video_tiny --out runs/video_tiny
 
-Frames of 32 by 32 pixels without an autoencoder, 64 tokens each; 4.8 million parameters. The
-weights that come with kvjax are those of step 2100, after 215 s on an H200 that was shared with
-another training (mse 0.064). That is too little: see their README.
+Frames of 32 by 32 pixels without an autoencoder, 64 tokens each; 4.8 million parameters. On one
+H200 295 s, 34 ms a step once it is compiled; the error of the data (`mse`, pixels from -1 to 1)
+falls to 0.066 after 800 steps, 0.044 after 2400 and 0.037 in the end. With one given frame nobody
+can know where a digit flies; that part stays.
 """
 
 from kvjax.diffusion import Sampler
@@ -21,21 +22,24 @@ config: VideoConfig = VideoConfig(
         patch=4,
         num_layers=6,
         embed_dim=192,
-        num_heads=6,
+        num_heads=3,
         chunk=8,
         max_prefix=9,
         learned_variance=False,
     ),
-    steps=2800,
+    steps=7000,
     batch_size=64,
-    prefix_per_row=True,
-    prediction="v",
+    prediction="x0",
+    x0_weight=5.0,
     prefix_step=50,
+    test_prefix_step=-1,
+    gates=1.0,
+    adam_share=0.5,
     learning_rate=2e-3,
     step=StepOptions(compute_dtype="bfloat16", clip_norm=1.0, ema_decay=0.999),
     machine=Machine(workers=14),
-    sampler=Sampler(kind="ddim", steps=25, prediction="v", clip=1.0),
+    sampler=Sampler(kind="ddim", steps=8, prediction="x0", clip=1.0),
     weights="bfloat16",
-    save_every=700,
-    log_every=50,
+    save_every=1750,
+    log_every=100,
 )

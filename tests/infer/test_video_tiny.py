@@ -37,11 +37,13 @@ def test_the_judges_are_there(kind):
 
 
 def test_videos_go_on_as_the_motion_says(tmp_path, capsys):
-    size = ["--videos", "4", "--rows", "4", "--chunks", "1", "--steps", "8"]
+    size = ["--videos", "4", "--rows", "4", "--chunks", "1"]
     assert main([*size, "--png", str(tmp_path / "curves.png"), "--json"]) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(figures["mse"]) == len(figures["digit_agreement"]) == 1
-    assert figures["mse"][0] < figures["mse_of_last_frame_repeated"][0]
+    # Of 256 videos: 0.007 beside 0.065, and 0.95.
+    assert figures["mse"][0] < figures["mse_of_last_frame_repeated"][0] / 4
+    assert figures["digit_agreement"][0] > 0.8
     assert figures["digit_agreement_of_truth"][0] > 0.8
     height, width, _ = iio.imread(tmp_path / "curves.png").shape
     assert width > 2 * height  # three panels side by side
