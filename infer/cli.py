@@ -22,6 +22,7 @@ _COMMANDS = {
     "train task-classifier": ("kvjax.train.task_classifier", "tell finding from gathering"),
     "train prm": ("kvjax.train.prm", "teach a policy to judge its own beginnings"),
     "train label-rewards": ("kvjax.train.label_rewards", "rate every beginning of texts"),
+    "train guard": ("kvjax.train.guard", "the speaker of a safety world, and its judge"),
     "train mrm": ("kvjax.train.mrm", "rate every token that could follow a text"),
     "train video": ("kvjax.train.video", "train a causal video diffusion transformer"),
     "train frame_features": ("kvjax.train.frame_features", "train what judges moving digits"),
