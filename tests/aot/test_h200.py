@@ -23,6 +23,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from kvjax.cache import KVPool
+from kvjax.pallas_kernels.few_rows import gated_product, product
 from kvjax.pallas_kernels.page_attention import Items, WorkList, page_attention, prepare
 from kvjax.pallas_kernels.window_scores import window_scores
 
@@ -141,3 +142,23 @@ def test_scores_hold_no_square(placed, sizes):
     memory = lowered.compile().memory_analysis()
     own = rows * heads * (slots * 4 + -(-queries // 8) * 8 * (dim * 2 + 4)) + 8 * rows * slots
     assert memory.temp_size_in_bytes < own + 2**20
+
+
+@pytest.mark.parametrize("rows", [16, 64, 128])
+@pytest.mark.parametrize(
+    "function, shape",
+    [
+        (product, (2048, 2048)),
+        (product, (2048, 3072)),
+        (product, (8192, 2048)),
+        (gated_product, (2048, 2, 8192)),
+    ],
+)
+def test_products_of_few_rows_copy_no_weights(placed, rows, function, shape):
+    """What is allocated besides are the padded left side, result and parts of sums."""
+    x, w = placed((rows, shape[0]), jnp.bfloat16), placed(shape, jnp.bfloat16)
+    run = functools.partial(function, implementation="gpu")
+    lowered = jax.jit(run).trace(x, w).lower(lowering_platforms=("cuda",))
+    padded = max(rows, 64)
+    parts = 8 * padded * shape[-1] * 4
+    assert lowered.compile().memory_analysis().temp_size_in_bytes <= parts + padded * shape[0] * 2
