@@ -3,8 +3,11 @@
 import jax
 import jax.numpy as jnp
 
+# `jax.nn.dot_product_attention` would round the lse to the outputs' 16 bits.
+from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
 from kvjax.pallas_kernels.devices import CUDNN_TILE
-from kvjax.pallas_kernels.prefill_attention.mask import Window, attention_options
+from kvjax.pallas_kernels.prefill_attention.mask import Window, window_mask
 
 __all__ = ["prefill_attention_cudnn"]
 
@@ -19,10 +22,11 @@ def prefill_attention_cudnn(
     # Nobody sees what comes after: padding at the end changes nothing before it.
     padding = ((0, 0), (0, -length % CUDNN_TILE), (0, 0), (0, 0))
     q, k, v = (jnp.pad(x, padding) for x in (q, k, v))
-    # jax.nn mixes dtypes there; strict promotion is for our own arithmetic.
+    if isinstance(window, int):
+        options = {"mask_type": MaskType.CAUSAL, "sliding_window_length": window or None}
+    else:
+        options = {"mask": window_mask(q.shape[1], window)}
+    # jax mixes dtypes there; strict promotion is for our own arithmetic.
     with jax.numpy_dtype_promotion("standard"):
-        out, lse = jax.nn.dot_product_attention(
-            q, k, v, scale=scale, implementation="cudnn", return_residual=True,
-            **attention_options(q.shape[1], window),
-        )  # fmt: skip
-    return out[:, :length], lse[:, :length].astype(jnp.float32)
+        out, lse = dot_product_attention(q, k, v, scale=scale, return_residual=True, **options)
+    return out[:, :length], jnp.swapaxes(lse, 1, 2)[:, :length]

@@ -18,6 +18,10 @@ from kvjax.pallas_kernels.window_scores import window_scores
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")]
 
 
+# XLA tries its products' tiles on the GPU, which takes longer than all else here.
+jit = functools.partial(jax.jit, compiler_options={"xla_gpu_autotune_level": 0})
+
+
 @pytest.mark.parametrize(
     ("sizes", "options"),
     [
@@ -34,7 +38,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not on_hopper(), reason="need
 def test_scores_against_the_reference(sizes, options):
     call = observed(**sizes)
     got, want = (
-        np.asarray(jax.jit(functools.partial(window_scores, implementation=name, **options))(*call))
+        np.asarray(jit(functools.partial(window_scores, implementation=name, **options))(*call))
         for name in ("gpu", "reference")
     )
     assert want.any()
@@ -68,7 +72,7 @@ def forwards_and_backwards(q, k, v, cotangent, *, implementation, window):
 
 def check_dense(arguments, window):
     got, want = (
-        jax.jit(functools.partial(forwards_and_backwards, implementation=name, window=window))(
+        jit(functools.partial(forwards_and_backwards, implementation=name, window=window))(
             *arguments
         )
         for name in ("cudnn", "reference")

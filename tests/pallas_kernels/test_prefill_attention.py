@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.pallas_kernels.prefill_attention import prefill_attention
+from kvjax.pallas_kernels.prefill_attention import gpu, prefill_attention
 from kvjax.pallas_kernels.prefill_attention.gpu import prefill_attention_cudnn
 from kvjax.pallas_kernels.prefill_attention.tpu import prefill_attention_splash
 
@@ -38,13 +38,15 @@ def plain(q, k, v, window, scale):
 
 
 def xla_for_cudnn(monkeypatch):
-    original = jax.nn.dot_product_attention
+    def instead(q, k, v, *, scale, return_residual, mask_type, sliding_window_length):
+        assert mask_type is gpu.MaskType.CAUSAL and return_residual and q.shape[1] % 128 == 0
+        window = (sliding_window_length - 1, 0) if sliding_window_length else None
+        out, lse = jax.nn.dot_product_attention(
+            q, k, v, scale=scale, is_causal=True, local_window_size=window, return_residual=True
+        )
+        return out, jnp.swapaxes(lse, 1, 2)
 
-    def instead(q, k, v, *, implementation, **rest):
-        assert implementation == "cudnn" and q.shape[1] % 128 == 0
-        return original(q, k, v, implementation="xla", **rest)
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    monkeypatch.setattr(gpu, "dot_product_attention", instead)
 
 
 def ways(name, monkeypatch):
