@@ -102,6 +102,8 @@ def _best(pool: Pages, num_heads: int, dtype: jnp.dtype, scale: float | None = N
     Choosing at lowering time (`jax.lax.platform_dependent`) would trace the kernels wherever
     there is no GPU too, which takes seconds a shape.
     """
-    if why_not(pool, num_heads, dtype, scale) is None and on_hopper():
+    # Kernels for true positions are there, but have not been tried on a GPU yet.
+    fits = pool.position is None and why_not(pool, num_heads, dtype, scale) is None
+    if fits and on_hopper():
         return "gpu"
     return "tpu" if default_device().platform == "tpu" else "reference"

@@ -28,8 +28,6 @@ def why_not(
     _, _, _, size, dim = pool.k.shape
     if jax.__version_info__ < (0, 11):
         return f"jax {jax.__version__}; they need 0.11"
-    if pool.position is not None:
-        return f"{pool.position.shape=}; they take pages without true positions"
     if not dtype == pool.k.dtype == pool.v.dtype == jnp.bfloat16:
         return f"queries of {dtype}, {pool.k.dtype=}, {pool.v.dtype=}; they take bfloat16"
     if dim not in HOPPER_DIMS or size not in HOPPER_PAGE_SIZES or num_heads * dim % 128:
@@ -54,7 +52,7 @@ def _plan(work: WorkList, pool: Pages, num_heads: int, max_partials: int | None 
     group = num_heads // (work.pages.shape[1] * per_page)
     return make_plan(
         work, page_size=size, num_pages=num_pages, group=group, heads_per_page=per_page, dim=dim,
-        max_partials=max_partials,
+        max_partials=max_partials, position=pool.position,
     )  # fmt: skip
 
 
@@ -89,12 +87,13 @@ def page_attention_gpu(
         Sizes(
             shape=units.shape, heads=h, dim=d, page_size=size, layers_per_page=r,
             heads_per_page=c, head_groups=work.pages.shape[1], scale=scale, soft_cap=soft_cap,
-            windowed=windowed, blocks=HOPPER_MULTIPROCESSORS, backwards=i % 2 == 1,
+            windowed=windowed, tracked=plan.position is not None, blocks=HOPPER_MULTIPROCESSORS,
+            backwards=i % 2 == 1,
         )
         for i, units in enumerate(plan.classes)
     )  # fmt: skip
     attend_units(
-        sizes, layer, reach, q, k, v, work.pages, work.query_position, plan.classes, out, lse, part,
+        sizes, layer, reach, q, k, v, work.pages, work.query_position, plan, out, lse, part,
         part_lse,
     )  # fmt: skip
     merge_partials(
@@ -111,6 +110,8 @@ def _check(plan: Plan, work: WorkList, group: int, pool: Pages) -> None:
     _, _, per_page, page_size, dim = pool.k.shape
     shapes = tuple(Shape.of(items.max_queries, group, per_page, dim) for items in work.items)
     made_for = tuple(units.shape for units in plan.classes)
+    if (plan.position is None) != (pool.position is None):
+        raise ValueError("the work list was prepared for another pool, as to true positions")
     if (made_for, plan.page_size) != (shapes, page_size):
         raise ValueError(
             f"the work list was prepared for {made_for} and pages of {plan.page_size} tokens; "

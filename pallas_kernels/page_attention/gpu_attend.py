@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kvjax.pallas_kernels.page_attention.gpu_consume import consume
-from kvjax.pallas_kernels.page_attention.gpu_plan import BLOCK, ClassPlan, Mode
+from kvjax.pallas_kernels.page_attention.gpu_plan import BLOCK, Mode, Plan
 from kvjax.pallas_kernels.page_attention.gpu_produce import produce
 from kvjax.pallas_kernels.page_attention.gpu_task import Inputs, Ring, Sizes, i32, share_of
 
@@ -63,14 +63,17 @@ def _body(all_sizes: tuple[Sizes, ...], refs: tuple[Any, ...]) -> None:
     """The kernel; its references are those of `attend_units`, then the memory of `_scratch`."""
     n = len(all_sizes)
     layer, window, q, k, v, pages, position, *rest = refs
+    slot_position = None
+    if all_sizes[0].tracked:
+        slot_position, *rest = rest
     per_class, (out, lse, part, part_lse, queries, *rest) = rest[: 3 * n], rest[3 * n :]
     keys, values, *barriers = rest
     inputs, rings = [], []
     for i in range(n):
         count, units, slot = per_class[3 * i : 3 * i + 3]
         inputs.append(
-            Inputs(layer, window, count, q, k, v, pages, units, position, slot, out, lse, part,
-                   part_lse)
+            Inputs(layer, window, count, q, k, v, pages, units, position, slot_position, slot, out,
+                   lse, part, part_lse)
         )  # fmt: skip
         rings.append(Ring(queries, keys[i], values[i], *barriers[4 * i : 4 * i + 4]))
     me, consumers = lax.axis_index("warpgroup"), max(s.consumers for s in all_sizes)
@@ -112,8 +115,7 @@ def _scratch(all_sizes: tuple[Sizes, ...], dtype: jnp.dtype) -> list[Any]:
 
 def attend_units(
     all_sizes: tuple[Sizes, ...], layer: Array, window: Array, q: Array, k: Array, v: Array,
-    pages: Array, position: Array, classes: tuple[ClassPlan, ...], out: Any, lse: Any, part: Any,
-    part_lse: Any,
+    pages: Array, position: Array, plan: Plan, out: Any, lse: Any, part: Any, part_lse: Any,
 ) -> None:  # fmt: skip
     """Attention of all classes' units; writes outputs and partial results in place.
 
@@ -126,7 +128,7 @@ def attend_units(
         v: [N * R * C, P, D].
         pages: int32[L/R, K/C, B, M].
         position: int32[T].
-        classes: their units.
+        plan: the classes' units, and slots' positions.
         out: reference to [T, H * D].
         lse: reference to float32[T, H].
         part: reference to float32[E, H * D].
@@ -136,7 +138,8 @@ def attend_units(
     def page_attention(*refs: Any) -> None:
         _body(all_sizes, refs)
 
-    per_class = [x for c in classes for x in (c.count[None], c.units, c.slot)]
+    per_class = [x for c in plan.classes for x in (c.count[None], c.units, c.slot)]
+    places = () if plan.position is None else (plan.position,)
     plgpu.kernel(
         page_attention,
         out_type=(),
@@ -146,4 +149,4 @@ def attend_units(
         num_threads=max(sizes.consumers for sizes in all_sizes) + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(layer, window, q, k, v, pages, position, *per_class, out, lse, part, part_lse)
+    )(layer, window, q, k, v, pages, position, *places, *per_class, out, lse, part, part_lse)

@@ -10,7 +10,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from kvjax.pallas_kernels.page_attention.gpu_plan import BLOCK, Field, Mode
+from kvjax.pallas_kernels.page_attention.gpu_plan import BLOCK, NEVER, Field, Mode
 from kvjax.pallas_kernels.page_attention.gpu_rows import load_per_row, load_rows, store_rows
 from kvjax.pallas_kernels.page_attention.gpu_task import (
     Inputs,
@@ -30,6 +30,7 @@ _LOG2_E = math.log2(math.e)
 # Below every score, and finite: the difference of two infinities would be no number.
 _LOWEST = -1e30
 _COLUMN = plgpu.Layout.WGMMA.reduce(1)
+_LINE = plgpu.Layout.WGMMA.reduce(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class _Rows:
     """Which slots each of 64 rows sees.
 
     Attributes:
-        limit: int32[64], the first one that it does not see.
+        limit: int32[64], the first position that it does not see.
         lower: int32[64], the first one that it does; None: the first there is.
     """
 
@@ -75,7 +76,7 @@ def _share(sizes: Sizes, inputs: Inputs, me: Array, turn: Array) -> _Share:
     if sizes.windowed:
         reach = unit[Field.MOST_POSITION] - window + 1 - first_slot
         inside = lax.div(jnp.maximum(reach, 0) + sizes.shape.tile - 1, i32(sizes.shape.tile))
-        masked_until = jnp.where(window > 0, inside, 0)
+        masked_until = jnp.where(window > 0, tiles if sizes.tracked else inside, 0)
     return _Share(
         number=number,
         head=head,
@@ -114,18 +115,35 @@ def _limits(sizes: Sizes, inputs: Inputs, share: _Share, position: Array) -> _Ro
     if sizes.windowed:
         window = inputs.window[0]
         lower = position + jnp.where(window > 0, 1 - window, -(2**30))
+    if sizes.tracked:
+        return _Rows(position + 1, lower)
     return _Rows(jnp.minimum(position + 1, share.stop), lower)
 
 
-def _seen(sizes: Sizes, share: _Share, rows: _Rows, tile: Array) -> Array:
+def _seen(sizes: Sizes, inputs: Inputs, share: _Share, rows: _Rows, tile: Array) -> Array:
     """Which keys of a tile each row sees, bool[64, tile]."""
     shape = (BLOCK, sizes.shape.tile)
     slot = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
     slot = slot + (share.first_slot + tile * sizes.shape.tile)
-    seen = slot < lax.broadcast_in_dim(rows.limit, shape, [0])
+    key = slot
+    if sizes.tracked:
+        key = lax.broadcast_in_dim(_key_positions(sizes, inputs, share, tile, _LINE), shape, [1])
+    seen = key < lax.broadcast_in_dim(rows.limit, shape, [0])
+    if sizes.tracked:
+        seen = seen & (slot < share.stop)
     if rows.lower is not None:
-        seen = seen & (slot >= lax.broadcast_in_dim(rows.lower, shape, [0]))
+        seen = seen & (key >= lax.broadcast_in_dim(rows.lower, shape, [0]))
     return seen
+
+
+def _key_positions(sizes: Sizes, inputs: Inputs, share: _Share, tile: Array, layout: Any) -> Array:
+    """Of a tile's slots, int32[tile]."""
+    unit, first = _unit(sizes, inputs, share.number, share.head), share.first_slot
+    start = pl.multiple_of(first + tile * sizes.shape.tile, min(sizes.page_size, 8))
+    slots = pl.ds(start, sizes.shape.tile)
+    held = inputs.slot_position.at[unit.group, unit.heads, unit[Field.ROW], slots]
+    # Not tiled, and so not `optimized`; it lies in a cache after the first head has read it.
+    return plgpu.load(held, layout=layout, optimized=False)  # pyright: ignore[reportCallIssue]
 
 
 def _in_pages(
@@ -151,8 +169,10 @@ def _in_pages(
 def _hide(
     sizes: Sizes, inputs: Inputs, share: _Share, rows: _Rows, tile: Array, score: Array
 ) -> Array:
-    seen = _seen(sizes, share, rows, tile)
+    seen = _seen(sizes, inputs, share, rows, tile)
     score = jnp.where(seen, score, -jnp.inf)
+    if sizes.tracked:
+        return score
     return lax.cond(
         _unit(sizes, inputs, share.number, share.head)[Field.HOLES] > 0,
         lambda s: jnp.where(_in_pages(sizes, inputs, share, tile, s.shape, 1), s, -jnp.inf),
@@ -178,7 +198,10 @@ def _clean(sizes: Sizes, inputs: Inputs, share: _Share, tile: Array, values: Any
 
     @pl.when(_unit(sizes, inputs, share.number, share.head)[Field.HOLES] > 0)
     def _() -> None:
-        zero(_in_pages(sizes, inputs, share, tile, shape, 0))
+        if not sizes.tracked:
+            return zero(_in_pages(sizes, inputs, share, tile, shape, 0))
+        key = _key_positions(sizes, inputs, share, tile, _COLUMN)
+        zero(lax.broadcast_in_dim(key < NEVER, shape, [0]))
 
 
 def consume(sizes: Sizes, inputs: Inputs, ring: Ring, turns: Array, me: Array) -> None:

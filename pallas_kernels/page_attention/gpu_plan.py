@@ -20,12 +20,16 @@ import numpy as np
 if TYPE_CHECKING:  # work.py imports this module
     from kvjax.pallas_kernels.page_attention.work import Items, WorkList
 
-__all__ = ["BLOCK", "ClassPlan", "Field", "Mode", "Plan", "Shape", "make_plan"]
+__all__ = ["BLOCK", "NEVER", "ClassPlan", "Field", "Mode", "Plan", "Shape", "make_plan"]
 
 Array = jax.Array
 
 # Rows of one matrix product of a warpgroup.
 BLOCK = 64
+# The position of a slot that nobody sees.
+NEVER = 2**31 - 1
+# A consumer's last tile may go so far past a row's slots.
+_PAST = 128
 
 
 class Field(enum.IntEnum):
@@ -42,7 +46,7 @@ class Field(enum.IntEnum):
     LEAST_POSITION = 8  # of the unit's queries
     MOST_POSITION = 9
     LAST_ENTRY = 10  # of the table's row, that holds something for the unit
-    HOLES = 11  # whether an entry before `STOP` is no page
+    HOLES = 11  # whether an entry, or where positions are true a slot, before `STOP` is none
     DIRECT = 12  # whether the result is written straight to the output
     PLACE = 13  # of the item's first query, in `ClassPlan.slot`
 
@@ -117,6 +121,8 @@ class Plan:
         merge: int32[T, 3]: a query that is not written straight to the output, its first partial
             result, and how many it has (none: the query is in no item).
         num_merges: int32 scalar, how many of the T there are.
+        position: int32[L/R, K/C, B, M * P + 128], the true position of each slot, `NEVER` where
+            nobody sees it; None: a slot's index is its position.
         page_size: P of the pool it was made for.
         max_partials: places for partial results.
     """
@@ -124,6 +130,7 @@ class Plan:
     classes: tuple[ClassPlan, ...]
     merge: Array
     num_merges: Array
+    position: Array | None
     page_size: int = dataclasses.field(metadata={"static": True})
     max_partials: int = dataclasses.field(metadata={"static": True})
 
@@ -150,7 +157,7 @@ class _Items:
 
 def make_plan(
     work: "WorkList", *, page_size: int, num_pages: int, group: int, heads_per_page: int,
-    dim: int, max_partials: int | None = None,
+    dim: int, max_partials: int | None = None, position: Array | None = None,
 ) -> Plan:  # fmt: skip
     """Makes a work list ready.
 
@@ -163,7 +170,10 @@ def make_plan(
         dim: D.
         max_partials: the most (item, query) pairs among queries that are in several items or
             among their items' other queries; None: as many as there can be.
+        position: int32[N, P], true positions, those of this step's tokens among them.
     """
+    if position is not None:
+        position = _slot_positions(work, position)
     shapes = [Shape.of(i.max_queries, group, heads_per_page, dim) for i in work.items]
     items = [_Items.of(i, *work.pages.shape[2:]) for i in work.items]
     queries = [_queries(i, c.max_queries, work) for i, c in zip(items, work.items, strict=True)]
@@ -185,15 +195,28 @@ def make_plan(
     slots, merge, num_merges = _partials(partial, everywhere, num_queries, max_partials)
     slots = jnp.split(slots, np.cumsum([q.size for q in queries])[:-1])
     classes = tuple(
-        _plan_class(work, c, i, q, d, s, shape, page_size, num_pages)
+        _plan_class(work, c, i, q, d, s, shape, page_size, num_pages, position)
         for c, i, q, d, s, shape in zip(
             work.items, items, queries, direct, slots, shapes, strict=True
         )
     )
     return Plan(
-        classes=classes, merge=merge, num_merges=num_merges, page_size=page_size,
-        max_partials=max_partials,
+        classes=classes, merge=merge, num_merges=num_merges, position=position,
+        page_size=page_size, max_partials=max_partials,
     )  # fmt: skip
+
+
+def _slot_positions(work: "WorkList", position: Array) -> Array:
+    """See `Plan.position`; gathered once a step, so that the kernel finds them side by side."""
+    num_pages, page_size = position.shape
+    *tables, entries = work.pages.shape
+    slots = entries * page_size
+    own = position[jnp.minimum(work.pages, num_pages - 1)].reshape(*tables, slots)
+    slot = jnp.arange(slots, dtype=jnp.int32)
+    live = jnp.repeat(work.pages < num_pages, page_size, axis=-1) & (own >= 0)
+    live = live & (jnp.broadcast_to(slot, own.shape) < work.length[..., None])
+    pad = (*((0, 0) for _ in tables), (0, _PAST))
+    return jnp.pad(jnp.where(live, own, NEVER), pad, constant_values=NEVER)
 
 
 def _queries(items: _Items, most: int, work: "WorkList") -> Array:
@@ -225,23 +248,27 @@ def _partials(
 
 def _plan_class(
     work: "WorkList", items: "Items", its: _Items, queries: Array, direct: Array, slot: Array,
-    shape: Shape, page_size: int, num_pages: int,
+    shape: Shape, page_size: int, num_pages: int, position: Array | None,
 ) -> ClassPlan:  # fmt: skip
     least, most = _positions(work.query_position, queries, its, shape)  # [I, blocks]
     number = jnp.arange(queries.shape[0], dtype=jnp.int32)
     first_row = jnp.arange(shape.blocks, dtype=jnp.int32) * shape.rows
     rows = its.queries * shape.group
 
-    def units(pages: Array, length: Array) -> Array:
-        """Those of one table, pages int32[B, M], length int32[B]: int32[U, F]."""
+    def units(pages: Array, length: Array, position: Array | None) -> Array:
+        """Those of one table, pages int32[B, M], length int32[B], position: int32[U, F]."""
         first = its.first * page_size
         stop = jnp.minimum(length[its.row], its.end * page_size)
-        holes = _holes(pages, its, stop, items.max_pages, page_size, num_pages)
-        until = jnp.minimum(stop[:, None], most + 1)
+        if position is None:
+            holes = _holes(pages, its, stop, items.max_pages, page_size, num_pages)
+            until = jnp.minimum(stop[:, None], most + 1)
+            seen_by_all = jnp.minimum(stop[:, None], least + 1) - first[:, None]
+            seen_by_all = jnp.where(holes[:, None], 0, seen_by_all)
+        else:
+            room = items.max_pages * page_size
+            holes, until, seen_by_all = _by_position(position, its, first, stop, room, least, most)
         tiles = -(-jnp.maximum(until - first[:, None], 0) // shape.tile)
-        seen_by_all = jnp.minimum(stop[:, None], least + 1) - first[:, None]
         full = jnp.clip(seen_by_all // shape.tile, 0, tiles)
-        full = jnp.where(holes[:, None], 0, full)
         last = jnp.maximum(-(-until // page_size) - 1, its.first[:, None])
         last = jnp.minimum(last, pages.shape[1] - 1)
         columns = {
@@ -259,7 +286,7 @@ def _plan_class(
         order = jnp.argsort(jnp.where(there, -tiles, 1).reshape(-1), stable=True)
         return table.reshape(_FIELDS, -1).T[order]
 
-    table = jax.vmap(jax.vmap(units))(work.pages, work.length)
+    table = jax.vmap(jax.vmap(units))(work.pages, work.length, position)
     count = jnp.sum(first_row[None] < rows[:, None], dtype=jnp.int32)
     return ClassPlan(units=table, count=count, slot=slot, shape=shape)
 
@@ -274,6 +301,27 @@ def _positions(position: Array, queries: Array, its: _Items, shape: Shape) -> tu
     real = jnp.asarray(inside)[None] & (own >= 0)
     least = jnp.min(jnp.where(real, own, np.iinfo(np.int32).max - 1), axis=2)
     return least, jnp.max(jnp.where(real, own, -1), axis=2)
+
+
+def _by_position(
+    position: Array, its: _Items, first: Array, stop: Array, room: int, least: Array, most: Array
+) -> tuple[Array, Array, Array]:
+    """What the true positions of items' slots say, of which each item has up to `room`.
+
+    Returns:
+        Whether an item has a dead slot, bool[I]; the slot after the last that some query of a unit
+        sees, int32[I, blocks]; how many of the first slots all of them see, int32[I, blocks].
+    """
+    offset = jnp.arange(room, dtype=jnp.int32)[None]
+    slot = first[:, None] + offset
+    inside = slot < stop[:, None]
+    key = position[its.row[:, None], jnp.minimum(slot, position.shape[1] - 1)]
+    key = jnp.where(inside, key, NEVER)
+    offset = jnp.broadcast_to(offset, key.shape)[:, None]
+    some, every = key[:, None] <= most[..., None], key[:, None] <= least[..., None]
+    until = first[:, None] + jnp.max(jnp.where(some, offset + 1, 0), axis=2)
+    seen_by_all = jnp.min(jnp.where(every, room, offset), axis=2)
+    return jnp.any(inside & (key == NEVER), axis=1), until, seen_by_all
 
 
 def _holes(

@@ -34,6 +34,7 @@ class Sizes:
         scale: of the scores.
         soft_cap: of the scores, or None.
         windowed: whether there is a sliding window.
+        tracked: whether slots have true positions.
         blocks: thread blocks, one a multiprocessor.
         backwards: whether units are dealt from the last thread block on, so that those that got
             one more of another class get one less of this.
@@ -49,6 +50,7 @@ class Sizes:
     scale: float
     soft_cap: float | None
     windowed: bool
+    tracked: bool
     blocks: int
     backwards: bool
 
@@ -100,6 +102,7 @@ class Inputs:
     pages: Any
     units: Any
     position: Any
+    slot_position: Any
     slot: Any
     out: Any
     lse: Any
@@ -167,7 +170,7 @@ def pick(sizes: Sizes, turn: Array) -> tuple[Array, Array]:
 
 def first_tile(sizes: Sizes, unit: Unit, window: Array, tiles: Array) -> Array:
     """The first tile that the window of some query reaches into."""
-    if not sizes.windowed:
+    if not sizes.windowed or sizes.tracked:
         return i32(0)
     first_slot = unit[Field.FIRST_PAGE] * sizes.page_size
     reach = unit[Field.LEAST_POSITION] - window + 1 - first_slot

@@ -117,7 +117,7 @@ def token_scores_gpu(
         position = jnp.pad(position, ((0, 0), (0, 0), (0, tiles * _TILE - slots)))
         places = position, jnp.max(position.reshape(j, b, tiles, _TILE), axis=-1)
     scores = _kernel(sizes, q.shape[0], width, h, d, p, tiles)(
-        layer.astype(jnp.int32)[None] % r, jnp.pad(q, (*pad, (0, 0))), lse,
+        layer.astype(jnp.int32)[None], jnp.pad(q, (*pad, (0, 0))), lse,
         pool.k.reshape(-1, p, d), pages, end, query_position, *places,
     )  # fmt: skip
     return scores[..., :slots]
@@ -166,7 +166,7 @@ class _Block:
 
     Attributes:
         sizes: static.
-        inner: int32[1], the layer's place in a page.
+        layer: int32[1].
         q: [B, A, H, D].
         lse: float32[B, H, A], to base 2.
         k: [N * R * C, P, D].
@@ -186,7 +186,7 @@ class _Block:
     """
 
     sizes: _Sizes
-    inner: Any
+    layer: Any
     q: Any
     lse: Any
     k: Any
@@ -271,10 +271,10 @@ class _Block:
 
     def _copy(self, head: Array, tile: Array, slot: Array, pages: list[Array]) -> None:
         sizes, size = self.sizes, self.k.shape[1]
-        length = min(size, _TILE)
+        length, inner = min(size, _TILE), lax.rem(self.layer[0], jnp.int32(sizes.layers_per_page))
         at = pl.multiple_of(lax.rem(tile * _TILE, jnp.int32(size)), length)
         for i, page in enumerate(pages):
-            index = (page * sizes.layers_per_page + self.inner[0]) * sizes.heads_per_page
+            index = (page * sizes.layers_per_page + inner) * sizes.heads_per_page
             index = index + lax.rem(head, jnp.int32(sizes.heads_per_page))
             source = self.k.at[index]
             if length < size:

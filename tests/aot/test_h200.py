@@ -11,8 +11,8 @@ The file is the text of `jax._src.lib.xla_client.get_topology_for_devices(jax.de
 `MOSAIC_GPU_DUMP_TO=FOLDER` (which must exist) add what the assembler says of registers and spills.
 """
 
-import dataclasses
 import functools
+import math
 import os
 from pathlib import Path
 
@@ -47,10 +47,13 @@ def placed():
 
 
 def arguments(place, *, queries=64, heads=32, kv_heads=8, dim=128, page_size=16, per_page=None,
-              classes=((64, 1, 128),)):  # fmt: skip
+              tracked=False, classes=((64, 1, 128),)):  # fmt: skip
     per_page = per_page or kv_heads
     shape, groups = (1000, 4, per_page, page_size, dim), kv_heads // per_page
-    pool = KVPool(k=place(shape, jnp.bfloat16), v=place(shape, jnp.bfloat16))
+    pool = KVPool(
+        k=place(shape, jnp.bfloat16), v=place(shape, jnp.bfloat16),
+        position=place((1000, page_size)) if tracked else None,
+    )  # fmt: skip
     work = WorkList(
         items=tuple(
             Items(index=place((n, 5)), count=place(()), max_queries=q, max_pages=p)
@@ -76,6 +79,8 @@ def arguments(place, *, queries=64, heads=32, kv_heads=8, dim=128, page_size=16,
         ({"per_page": 1, "page_size": 128}, {}),
         ({"queries": 512, "classes": ((64, 1, 128), (80, 32, 128))}, {}),
         ({"heads": 28, "kv_heads": 4, "classes": ((4, 64, 16),)}, {"window": True}),
+        ({"tracked": True, "queries": 512, "classes": ((64, 1, 128), (80, 32, 128))}, {}),
+        ({"tracked": True, "dim": 64, "page_size": 64}, {"window": True}),
     ],
 )
 def test_compiles(placed, sizes, options):
@@ -92,7 +97,9 @@ def test_compiles(placed, sizes, options):
     memory = lowered.lower(lowering_platforms=("cuda",)).compile().memory_analysis()
     places = sum(items.index.shape[0] * items.max_queries for items in work.items)
     partials = places * q.shape[1] * (q.shape[2] + 1) * 4
-    assert memory.temp_size_in_bytes < partials + 2**20
+    table = work.pages.shape  # and what the plan looks up of positions
+    places = math.prod(table) * pool.k.shape[3] * 8 * (pool.position is not None)
+    assert memory.temp_size_in_bytes < partials + places + 2**20
 
 
 def test_a_scan_over_layers_copies_nothing(placed):
@@ -126,11 +133,9 @@ def test_a_scan_over_layers_copies_nothing(placed):
 def test_scores_hold_no_square(placed, sizes):
     """What is allocated besides are the queries, padded, and the tokens' own sums."""
     sizes = dict(sizes)
-    tracked, queries = sizes.pop("tracked", False), sizes.pop("queries", 32)
+    queries = sizes.pop("queries", 32)
     q, pool, work = arguments(placed, **sizes)
     _, heads, dim = q.shape
-    if tracked:
-        pool = dataclasses.replace(pool, position=placed((pool.k.shape[0], pool.k.shape[3])))
     rows, slots = work.pages.shape[2], work.pages.shape[3] * pool.k.shape[3]
     score = functools.partial(window_scores, window=16, implementation="gpu")
     call = (

@@ -60,7 +60,7 @@ def tree(rng, lengths, pages, split, tile):
 
 
 def batch(kind, *, page_size=16, dim=128, kv_heads=8, group=4, layers=2, per_page=None, tile=32,
-          longest=1600, split=512, holes=()):  # fmt: skip
+          longest=1600, split=512, holes=(), tracked=False):  # fmt: skip
     rng = np.random.default_rng(0)
     per_page = per_page or kv_heads
     groups, entries = kv_heads // per_page, longest // page_size
@@ -70,11 +70,17 @@ def batch(kind, *, page_size=16, dim=128, kv_heads=8, group=4, layers=2, per_pag
     pages = rng.permutation(num_pages)[: groups * ROWS * entries].astype(np.int32)
     pages = pages.reshape(1, groups, ROWS, entries)
     work_items, positions = kind(rng, lengths, pages, split // page_size, tile)
-    dead = np.ones((num_pages, page_size), bool)
+    plane = np.full((num_pages, page_size), -1)
     for heads in range(groups):
         for b, length in enumerate(lengths[0, heads]):
             slot = np.arange(length)
-            dead[pages[0, heads, b, slot // page_size], slot % page_size] = False
+            place = slot
+            if tracked:  # gaps everywhere, and dead slots among the later ones
+                place = np.where((slot > 700) & (rng.random(length) < 0.1), -1, 2 * slot + b % 2)
+            plane[pages[0, heads, b, slot // page_size], slot % page_size] = place
+    dead = plane < 0
+    if tracked:
+        positions = np.where(np.asarray(positions) < 0, -1, 2 * np.asarray(positions))
     shape = (num_pages, layers, per_page, page_size, dim)
     k, v = (np.where(dead[:, None, None, :, None], np.nan, rng.normal(size=shape)) for _ in "kv")
     for hole in holes:
@@ -83,7 +89,10 @@ def batch(kind, *, page_size=16, dim=128, kv_heads=8, group=4, layers=2, per_pag
         items=tuple(work_items), pages=jnp.asarray(pages),
         length=jnp.asarray(lengths, jnp.int32), query_position=jnp.asarray(positions, jnp.int32),
     )  # fmt: skip
-    pool = KVPool(k=jnp.asarray(k, jnp.bfloat16), v=jnp.asarray(v, jnp.bfloat16))
+    pool = KVPool(
+        k=jnp.asarray(k, jnp.bfloat16), v=jnp.asarray(v, jnp.bfloat16),
+        position=jnp.asarray(plane, jnp.int32) if tracked else None,
+    )  # fmt: skip
     shape = (len(positions), kv_heads * group, dim)
     return jnp.asarray(rng.normal(size=shape), jnp.bfloat16), pool, work
 
@@ -110,6 +119,10 @@ def batch(kind, *, page_size=16, dim=128, kv_heads=8, group=4, layers=2, per_pag
         (tree, {"dim": 256, "layers": 1}, {}),
         (tree, {"layers": 1}, {}),
         (tree, {"layers": 1, "group": 8}, {}),
+        (decoding, {"tracked": True}, {}),
+        (decoding, {"tracked": True, "dim": 64, "per_page": 1, "kv_heads": 2}, {"window": 900}),
+        (chunks, {"tracked": True, "page_size": 64, "longest": 1664}, {"window": 200}),
+        (tree, {"tracked": True, "layers": 1}, {}),
     ],
 )
 def test_against_the_reference(kind, sizes, options):

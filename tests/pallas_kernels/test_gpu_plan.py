@@ -21,7 +21,7 @@ TOL = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def unit_keys(pool, work, plan, unit, shape, table, layer):
-    """Keys, values, slots and whether each is in use, for all tiles of a unit."""
+    """Keys, values, positions and whether each is in use, for all tiles of a unit."""
     group, heads = table
     size, num_pages, reach = plan.page_size, pool.k.shape[0], unit[Field.TILES] * shape.tile
     slot = unit[Field.FIRST_PAGE] * size + np.arange(reach)
@@ -29,7 +29,10 @@ def unit_keys(pool, work, plan, unit, shape, table, layer):
     page = np.asarray(work.pages)[group, heads, unit[Field.ROW], entry]
     index = np.minimum(page, num_pages - 1), layer % pool.k.shape[1], slice(None), slot % size
     live = (slot < unit[Field.STOP]) & (page < num_pages)
-    return np.asarray(pool.k)[index], np.asarray(pool.v)[index], slot, live
+    place = slot
+    if plan.position is not None:
+        place = np.asarray(plan.position)[group, heads, unit[Field.ROW], slot]
+    return np.asarray(pool.k)[index], np.asarray(pool.v)[index], place, live
 
 
 def softmax(scores, values):
@@ -52,13 +55,13 @@ def walk(q, pool, layer, work):
         for head in range(c * work.pages.shape[1]):
             table = layer // r, head // c
             for unit in np.asarray(units.units)[*table][: int(units.count)]:
-                k, v, slot, live = unit_keys(pool, work, plan, unit, shape, table, layer)
+                k, v, held, live = unit_keys(pool, work, plan, unit, shape, table, layer)
                 for m in range(shape.rows):
                     row = unit[Field.FIRST_ROW] + m
                     if row >= unit[Field.ROWS]:
                         continue
                     query = unit[Field.FIRST_QUERY] + row // shape.group
-                    seen = live & (slot <= position[query])
+                    seen = live & (held <= position[query])
                     seen[: unit[Field.FULL] * shape.tile] = True
                     if position[query] < 0:
                         seen[:] = False
@@ -188,6 +191,37 @@ def test_random_work_lists(seed):
     q = jnp.asarray(rng.normal(size=(len(positions), 14, 8)), jnp.float32)
     work = work_list(table, [items(singles, 1, 16), items(tiles, 16, 16)], positions)
     check(q, pool, work)
+
+
+@pytest.mark.parametrize("queries", [1, 24])
+def test_true_positions_with_gaps_and_dead_slots(queries):
+    """Rows from which a third was evicted, some slots of it in place; dead ones are NaN."""
+    rng = np.random.default_rng(0)
+    lengths = [200, 0, 130, 256]
+    _, pool, table, _, _ = random_cache(
+        rng, rows=4, pages_per_row=16, page_size=16, lengths=lengths, track_positions=True
+    )
+    plane = np.full(pool.position.shape, -1)
+    last = np.zeros(4, int)
+    for b, length in enumerate(lengths):
+        position = np.sort(rng.choice(3 * length // 2, length, replace=False))
+        position[rng.random(length) < 0.03] = -1
+        position[:130] = np.arange(min(length, 130))  # whole tiles that everyone sees
+        pages = np.asarray(table.pages)[0, 0, b]
+        for slot, place in enumerate(position):
+            plane[pages[slot // 16], slot % 16] = place
+        last[b] = position.max(initial=-1)
+    dead = jnp.asarray(plane < 0)[:, None, None, :, None]
+    k, v = (jnp.where(dead, jnp.nan, x) for x in (pool.k, pool.v))
+    pool = dataclasses.replace(pool, k=k, v=v, position=jnp.asarray(plane, jnp.int32))
+    first = np.arange(4) * queries
+    index = [[b, p, p + 8, first[b], first[b] + queries] for b in range(4) for p in (0, 8)]
+    positions = np.maximum(last[:, None] - queries + 1 + np.arange(queries), -1).reshape(-1)
+    q = jnp.asarray(rng.normal(size=(4 * queries, 4, 8)), jnp.float32)
+    plan = check(q, pool, work_list(table, [items(index, queries, 8)], positions))
+    (units,) = plan.classes
+    full, holes = (np.asarray(units.units)[..., x] for x in (Field.FULL, Field.HOLES))
+    assert full.any() and holes.any() and not holes.all()
 
 
 def test_a_plan_is_made_for_one_way_of_calling():
