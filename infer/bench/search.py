@@ -32,7 +32,7 @@ from kvjax.models.countdown.game import problem
 
 __all__ = ["BenchSearch", "bootstrap_interval", "main"]
 
-_DEFAULT = ("rebase", "best-of-n", "dvts", "ets,clusters=state,lambda_b=2")
+_DEFAULT = ("rebase", "dvts", "ets,clusters=state,lambda_b=2,floor_one=no")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import math
 import re
+import threading
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -96,12 +97,29 @@ def last_number_or_box(text: str) -> str | None:
 
 
 def same_answer(a: str, b: str) -> bool:
-    r"""Whether two answers are the same text or the same number (1/2, \frac{1}{2}, 0.5, 50 %)."""
+    r"""Whether two answers are the same text or the same number (1/2, \frac{1}{2}, 0.5, 50 %).
+
+    Where the package `math-verify` is installed, what is neither is compared as mathematics:
+    expressions, sets, intervals, equations. Text that it cannot read is equal to itself only.
+    """
     plain = _plain(a), _plain(b)
     if plain[0] == plain[1]:
         return True
     numbers = [_number(x) for x in plain]
-    return numbers[0] is not None and numbers[0] == numbers[1]
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    return _same_mathematics(a, b)
+
+
+def _same_mathematics(a: str, b: str) -> bool:
+    try:
+        import math_verify  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return False
+    # Its time limits are signals, which work in the main thread only.
+    limit = 5 if threading.current_thread() is threading.main_thread() else None
+    gold, other = (math_verify.parse(f"${x}$", parsing_timeout=limit) for x in (a, b))
+    return bool(math_verify.verify(gold, other, timeout_seconds=limit))
 
 
 def _plain(text: str) -> str:

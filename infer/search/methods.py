@@ -15,6 +15,10 @@ __all__ = ["CLUSTERS", "METHODS", "MethodOptions", "read_method"]
 METHODS = ("ets", "rebase", "dvts", "beam", "best-of-n", "weighted", "majority")
 CLUSTERS = ("state", "hidden", "text", "none")
 
+# By HiGHS a level of 64 leaves takes 10 ms, one of 256 a quarter of a second: as long as a model of
+# 8B draws its steps. The rule goes by sizes and not by a clock, so that a tree is always the same.
+_EXACT_WIDTH = 128
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodOptions:
@@ -35,8 +39,9 @@ class MethodOptions:
     """ets: cosine distance of hidden states from which on clusters stay apart."""
     cost: str = "nodes"
     """ets: nodes, as published, or pages, what is really given back."""
-    solver: str = "exact"
-    """ets: exact (HiGHS on the host), or device: nearly the best, and no host waits for it."""
+    solver: str = "auto"
+    """ets: exact (HiGHS on the host); device: nearly the best, in a time that hardly grows with the
+    width; auto: exact as long as it takes less time than drawing a level does."""
     floor_one: bool = True
     """ets: whether every leaf that is kept is continued; as published, not."""
     temperature: float = 0.2
@@ -51,7 +56,7 @@ class MethodOptions:
     def check(self, task: SearchTask) -> None:
         """Raises InputError for a value that cannot be used, before anything is loaded."""
         for name, known in (
-            ("method", METHODS), ("clusters", CLUSTERS), ("solver", ("exact", "device")),
+            ("method", METHODS), ("clusters", CLUSTERS), ("solver", ("auto", "exact", "device")),
             ("cost", ("nodes", "pages")),
         ):  # fmt: skip
             value = getattr(self, name)
@@ -91,7 +96,7 @@ class MethodOptions:
 
     def _program(self) -> DeviceProgram | None:
         most = 32 if self.cost == "nodes" else 128  # generations, and ancestors of a leaf
-        exact = self.solver == "exact"
+        exact = self.solver == "exact" or (self.solver == "auto" and self.width <= _EXACT_WIDTH)
         return None if exact else make_device_program(self.width, most * self.width, most)
 
     def _clusters(self, llm: LLM, task: SearchTask) -> Clusters | None:

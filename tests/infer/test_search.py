@@ -2,7 +2,10 @@
 
 import dataclasses
 import math
+import sys
+import types
 import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -305,6 +308,27 @@ def test_weighted_votes_add_and_ties_go_to_the_best_single_score():
 )
 def test_answers_are_equal_as_numbers_or_as_text(a, b, equal):
     assert same_answer(a, b) is equal
+
+
+def test_other_answers_are_compared_as_mathematics_if_a_package_can(monkeypatch):
+    """Texts and numbers are decided without it, and so is everything where it is not there."""
+    asked = []
+
+    def verify(gold, other, timeout_seconds):
+        asked.append((gold, other, timeout_seconds))
+        return {gold, other} == {"<$x+y$>", "<$y+x$>"}
+
+    package = types.SimpleNamespace(parse=lambda text, parsing_timeout: f"<{text}>", verify=verify)
+    monkeypatch.setitem(sys.modules, "math_verify", package)
+    assert same_answer("x+y", "y+x") and not same_answer("x+y", "x-y")
+    assert same_answer("1/2", "0.5") and not same_answer("3", "4")
+    assert [pair[:2] for pair in asked] == [("<$x+y$>", "<$y+x$>"), ("<$x+y$>", "<$x-y$>")]
+    assert all(seconds for *_, seconds in asked)
+    with ThreadPoolExecutor() as thread:  # where no signal can end it
+        assert thread.submit(same_answer, "x+y", "y+x").result()
+    assert asked[-1][2] is None
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    assert not same_answer("x+y", "y+x")
 
 
 def test_answers_are_found_where_they_are_announced():

@@ -1,5 +1,6 @@
 """`kvjax search` as it is typed, with the built-in model."""
 
+import dataclasses
 import json
 import xml.etree.ElementTree as ET
 
@@ -94,6 +95,11 @@ def test_runs_are_read_from_words():
     assert read_method("rebase,temperature=0.4").policy(None, task) == Rebase(0.4)
     assert all(MethodOptions(method=name, clusters="none").policy(None, task) for name in METHODS)
     assert MethodOptions(method="majority").vote(task) == "majority"
+    # A wide level is solved on the device, in its time; nothing is compiled before it is asked.
+    wide = read_method("ets,width=256,clusters=none")
+    assert wide.policy(None, task).program.leaves == 256
+    assert dataclasses.replace(wide, width=128).policy(None, task).program is None
+    assert dataclasses.replace(wide, solver="exact").policy(None, task).program is None
     for wrong in ("ets,speed=1", "ets,width=wide", "ets,floor_one=perhaps"):
         with pytest.raises(InputError, match="no option"):
             read_method(wrong)
