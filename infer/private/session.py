@@ -210,8 +210,9 @@ def _follow(
 
     def read(rank: int, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            lines.put((rank, line))
+        with process.stdout:
+            for line in process.stdout:
+                lines.put((rank, line))
         lines.put((rank, None))
 
     for rank, process in processes.items():
@@ -246,7 +247,6 @@ def _end(processes: dict[int, subprocess.Popen[str]]) -> None:
             process.kill()
     for process in processes.values():
         process.wait()
-        assert process.stdout is not None
 
 
 def _outcome(folder: Path, events: list[Event]) -> Outcome:
