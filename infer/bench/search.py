@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 
 from kvjax.errors import InputError
-from kvjax.infer.commands.search import Question, load_models, search_all
+from kvjax.infer.commands.search import Question, least_page, load_models, search_all
 from kvjax.infer.commands.shared import parse_arguments, warm_up
 from kvjax.infer.compilations import CompilationCount
 from kvjax.infer.search.loop import Cost, Searched
@@ -62,8 +62,8 @@ class BenchSearch:
     """A folder with reward.json; by default the policy itself."""
     at_a_time: int = 8
     """Problems that are searched together."""
-    page_size: int = 4
-    """Tokens of a page."""
+    page_size: int = dataclasses.field(default_factory=least_page)
+    """Tokens of a page; what is counted in tokens does not depend on it."""
     dtype: str | None = None
     """float32 or bfloat16; by default as the weights are stored, on the CPU float32."""
     max_rows: int = 512

@@ -23,10 +23,17 @@ from kvjax.infer.search.rows import Reward
 from kvjax.infer.search.tasks import TASKS, SearchTask, as_prompt
 from kvjax.models.reward import read_reward
 
-__all__ = ["Question", "Search", "load_models", "main", "read_questions", "search_all"]
+__all__ = [
+    "Question", "Search", "least_page", "load_models", "main", "read_questions", "search_all",
+]  # fmt: skip
 
 # Tokens of a work item on a CPU: a longer one costs its whole length however short the row is.
 _SPLIT_TOKENS = 64
+
+
+def least_page() -> int:
+    """4; on an accelerator 8, since its kernels take no smaller pages and all else crawls."""
+    return 4 if jax.default_backend() == "cpu" else 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +63,7 @@ class Search(MethodOptions):
     """float32 or bfloat16; by default as the weights are stored, on the CPU float32."""
     kv_memory: Annotated[str | None, tyro.conf.arg(metavar="SIZE")] = None
     """Memory for the KV cache, such as 512MiB or 2GiB."""
-    page_size: int = 4
+    page_size: int = dataclasses.field(default_factory=least_page)
     """Tokens of a page: small, since what steps share is short."""
     shared_reads: bool = False
     """Read pages that leaves share once for all of them: faster where questions are long. The last
@@ -130,7 +137,9 @@ def _few_shapes(llm: LLM) -> LLM:
     grid = dataclasses.replace(
         grid, plain=False, row_buckets=(max(1, rows // 4), rows) if cpu and rows > 1 else (rows,),
         token_buckets=(max(rows, 256),) if cpu else grid.token_buckets[-1:],
-        split_pages=max(1, _SPLIT_TOKENS // grid.page_size) if cpu else grid.split_pages,
+        split_pages=max(1, _SPLIT_TOKENS // grid.page_size) if cpu else min(
+            grid.split_pages, grid.pages_per_row
+        ),
     )  # fmt: skip
     llm.engine.grid = llm.engine.planner.grid = grid  # nothing is compiled yet
     return llm
