@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kvjax.pallas_kernels.devices import default_device
 from kvjax.pallas_kernels.page_attention.merge import finish, guard, scatter_merge
 from kvjax.pallas_kernels.page_attention.work import Items, Pages, WorkList
 
@@ -20,8 +21,9 @@ __all__ = ["page_attention_reference"]
 
 Array = jax.Array
 
-# Bytes of keys and values that a block of items reads: a core's cache must hold them.
-_BLOCK_BYTES = 2**21
+# Bytes of keys and values that a block of items reads. On a CPU a core's cache must hold them; an
+# accelerator wants much to do at a time, and a GPU's host must be asked after each turn of a loop.
+_CPU_BLOCK_BYTES, _BLOCK_BYTES = 2**21, 2**28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +51,9 @@ def page_attention_reference(
     rule = _Rule(window, soft_cap, scale)
     out = jnp.zeros(q.shape, jnp.float32)
     lse = jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
+    most = _CPU_BLOCK_BYTES if default_device().platform == "cpu" else _BLOCK_BYTES
     for items in work.items:
-        size = max(1, min(_BLOCK_BYTES // _item_bytes(pool, items), items.index.shape[0]))
+        size = max(1, min(most // _item_bytes(pool, items), items.index.shape[0]))
 
         def block(
             i: Array, carry: tuple[Array, Array], items: Items = items, size: int = size
@@ -59,7 +62,10 @@ def page_attention_reference(
             part = _attend(q, pool, layer, work, items, index, used, rule)
             return scatter_merge(*carry, *part)
 
-        out, lse = jax.lax.fori_loop(0, -(-items.count // size), block, (out, lse))
+        if size == items.index.shape[0]:
+            out, lse = block(jnp.int32(0), (out, lse))
+        else:
+            out, lse = jax.lax.fori_loop(0, -(-items.count // size), block, (out, lse))
     return out.astype(q.dtype), lse
 
 
