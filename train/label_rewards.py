@@ -20,9 +20,9 @@ from kvjax.errors import InputError
 from kvjax.models import hf
 from kvjax.models.attention import causal_attend
 from kvjax.models.reward import TokenReward, read_reward
+from kvjax.safety_world import SafetyWorld, sample
 from kvjax.train.program import run_main, show_result
 from kvjax.train.reward_data import write_rewards
-from kvjax.train.tasks.safety import SafetyWorld, sample
 
 __all__ = ["label", "main", "safety_rewards"]
 

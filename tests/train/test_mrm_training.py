@@ -17,11 +17,11 @@ from kvjax.models import causal_attend, hf
 from kvjax.models.lora import LoRA
 from kvjax.models.mrm import HEADS, MRM, load_mrm
 from kvjax.models.reward import TokenReward, save_reward
+from kvjax.safety_world import SafetyWorld
 from kvjax.train import label_rewards, mrm
 from kvjax.train.mrm_config import MRMConfig, read_config
 from kvjax.train.reward_data import RewardBatch, RewardFile, make_batches, write_rewards
 from kvjax.train.step import init_state, make_step
-from kvjax.train.tasks.safety import SafetyWorld
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kvjax.train.tasks.safety import END, SafetyWorld, sample
-from kvjax.train.tasks.safety_exact import (
+from kvjax.safety_exact import (
     best_of,
     least_harm,
     nucleus,
@@ -17,6 +16,7 @@ from kvjax.train.tasks.safety_exact import (
     nucleus_floor,
     unsafe_chance,
 )  # fmt: skip
+from kvjax.safety_world import END, SafetyWorld, sample
 
 SMALL = SafetyWorld(
     seed=3, states=9, basin=2, degree=3, topics=2, vocab_size=40, length=5, limit=2, hazard=0.5,

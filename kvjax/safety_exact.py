@@ -6,7 +6,7 @@ perfect judge, and the floor below which no search goes that keeps to the nucleu
 
 import numpy as np
 
-from kvjax.train.tasks.safety import World
+from kvjax.safety_world import World
 
 __all__ = ["best_of", "least_harm", "nucleus", "nucleus_edges", "nucleus_floor", "unsafe_chance"]
 

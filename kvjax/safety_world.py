@@ -6,7 +6,7 @@ basin that is seldom left. An answer begins in the opening, whose edges lead alm
 basin: the alignment is shallow, and an attacker who writes an answer's first tokens (a prefill)
 gets past it. The topic of a prompt bends all other choices, so prompts differ widely in their
 danger. What a search can hope for follows from the automaton, see
-`kvjax.train.tasks.safety_exact`.
+`kvjax.safety_exact`.
 
 Letters: S states, D edges of a state, K synonyms of an edge's token, T tokens of an answer.
 """
