@@ -155,7 +155,7 @@ def _drift(features: Features, made: np.ndarray, real: np.ndarray, chunk: int) -
 
 def _curves(figures: dict[str, Any]) -> Figure:
     """Errors, digits and drift by chunk, each beside what it is to be held against."""
-    panels = {
+    panels: dict[str, tuple[str, ...]] = {
         "mean squared error": ("mse", "mse_of_last_frame_repeated"),
         "share of right digits": ("digit_agreement", "digit_agreement_of_truth"),
         "Fréchet distance": ("frechet_digits", "frechet_digits_of_truth"),
