@@ -17,10 +17,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax.cache import CacheConfig
 from kvjax.errors import InputError
 from kvjax.infer.evaluate_metrics import METRICS
 from kvjax.infer.evaluate_policies import read_policy
-from kvjax.infer.evaluate_programs import Prefilled, Sizes, answer, choose, prefill, read_question
+from kvjax.infer.evaluate_programs import (
+    Prefilled,
+    Reading,
+    Sizes,
+    answer,
+    choose,
+    prefill,
+    read_question,
+)
 from kvjax.infer.evaluate_programs import remove as remove_rest
 from kvjax.infer.evaluate_suite import PROTOCOLS, TAGS, Prompt, Suite
 from kvjax.infer.llm import find_model
@@ -28,7 +37,7 @@ from kvjax.models import hf
 from kvjax.models.decoder import DecoderConfig
 from kvjax.models.task_classifier import load_classifier
 from kvjax.models.tokenizer import Tokenizer
-from kvjax.select import Policy, View, parse_budget
+from kvjax.select import MPCache, Policy, View, parse_budget
 
 __all__ = ["FULL", "Batch", "Model", "arrays", "combine", "evaluate", "read_answers"]
 
@@ -318,6 +327,7 @@ def _run(
     whole = -(-batch.length // sizes.page_size) * cache.num_layers * cache.num_kv_heads
     table, held = filled.table, whole
     recall, error = np.ones(sizes.rows), np.zeros(sizes.rows)
+    reading, tokens = None, None
     start = time.perf_counter()
     if combination.policy is None:
         pool = jax.tree.map(jnp.copy, filled.pool)  # the answer writes into it
@@ -331,6 +341,9 @@ def _run(
         )
         pool, table, held = evicted.pool, evicted.table, np.asarray(kept)
         recall, error = np.asarray(choice.recall), np.asarray(choice.error)
+        if isinstance(combination.policy, MPCache):
+            width = combination.policy.width(int(tokens.max()), sizes.page_size)
+            reading = Reading(combination.policy, width)
     select_seconds = time.perf_counter() - start
     table, token = _narrow(sizes, table), filled.token
     start = time.perf_counter()
@@ -340,18 +353,36 @@ def _run(
             *shared, model.params, pool, table, batch.question, batch.asked
         )
     stops = model.tokenizer.eos_ids
-    pool, written = answer(*shared, stops, model.params, pool, table, token, batch.most)
+    reads = (None, None) if reading is None else (reading, jnp.asarray(tokens))
+    pool, written = answer(*shared, stops, model.params, pool, table, token, batch.most, *reads)
     written = np.asarray(written)
     seconds = time.perf_counter() - start
     return {
         "answer": [_text(model, column) for column in written.T],
         "bytes": (held * page_bytes).tolist(),
+        "bytes_read": _bytes_read(cache, held, reading, tokens, page_bytes).tolist(),
         "bytes_full": (whole * page_bytes).tolist(),
         "recall": recall.tolist(),
         "attention_error": error.tolist(),
         "select_seconds": [select_seconds / sizes.rows] * sizes.rows,
         "tokens_per_second": [float((written >= 0).sum()) / seconds] * sizes.rows,
     }
+
+
+def _bytes_read(
+    cache: CacheConfig, held: np.ndarray, reading: Reading | None, tokens: np.ndarray | None,
+    page_bytes: int,
+) -> np.ndarray:  # fmt: skip
+    """Bytes that an answer's first step reads of each row's cache: of what is chosen, and of what
+    it is chosen by.
+    """  # fmt: skip
+    if reading is None or tokens is None:
+        return held * page_bytes
+    heads = cache.num_layers * cache.num_kv_heads
+    extra = 2 * reading.policy.extra
+    chosen = np.minimum((np.maximum(tokens // cache.page_size, 1) + extra) * heads, held)
+    vector = cache.head_dim * np.dtype(cache.dtype).itemsize
+    return chosen * page_bytes + held * reading.policy.vectors * vector
 
 
 def _narrow(sizes: Sizes, table: Any) -> Any:

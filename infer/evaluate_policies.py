@@ -13,6 +13,7 @@ from kvjax.select import (
     ExpectedAttention,
     KeyDiff,
     Knorm,
+    MPCache,
     Oracle,
     Policy,
     PyramidKV,
@@ -49,6 +50,9 @@ POLICIES: Mapping[str, Callable[[], Policy | None]] = {
     "windowkv-code": lambda: WindowKV(
         window=8, alpha=8, group=4, budgets="code", strategy="demo", share_rest=False
     ),
+    "mpcache": lambda: MPCache(),
+    "mpcache-paper": lambda: MPCache(extra=True),
+    "quest": lambda: MPCache(static=1.0, rep="exact_bound", fan=1),
     "streaming": lambda: StreamingLLM(),
     "h2o": lambda: H2O(),
     "tova": lambda: TOVA(),

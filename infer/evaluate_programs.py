@@ -14,14 +14,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kvjax.cache import CacheConfig, KVPool, PageTable, advance, slots_of, write, write_positions
-from kvjax.models.attention import paged_attend
+from kvjax.models.attention import paged_attend, reading_attend
 from kvjax.models.decoder import Attend, Decoder, DecoderConfig
 from kvjax.pallas_kernels.page_attention import Items, WorkList
-from kvjax.select import Evicted, Observation, Policy, View, evict, pages_held
+from kvjax.pallas_kernels.page_bounds import rebuild_bounds
+from kvjax.select import Evicted, MPCache, Observation, Policy, Read, View, evict, pages_held
 
 __all__ = [
     "Choice",
     "Prefilled",
+    "Reading",
     "Sizes",
     "answer",
     "choose",
@@ -87,6 +89,19 @@ class Prefilled(NamedTuple):
     table: PageTable
     seen: Observation
     token: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How the steps of an answer read less than the whole cache; static.
+
+    Attributes:
+        policy: which pages.
+        width: how many there is room for.
+    """
+
+    policy: MPCache
+    width: int
 
 
 class Choice(NamedTuple):
@@ -261,10 +276,12 @@ def read_question(
 
 def extend(
     decoder: Decoder, sizes: Sizes, pool: KVPool, table: PageTable, tokens: Array, row: Array,
-    position: Array, first: Array, end: Array, max_queries: int,
+    position: Array, first: Array, end: Array, max_queries: int, reading: Reading | None = None,
+    budget: Array | None = None,
 ) -> tuple[KVPool, PageTable, Array]:  # fmt: skip
     """Brings tokens into the rows' pages; each row's stand from `first` to `end`."""
     rows, pages = table.position.shape[0], table.pages.shape[-1]
+    pages = pages if reading is None else min(pages, reading.width)
     slots = slots_of(table, row, position, sizes.page_size)
     pool = write_positions(pool, position, slots)
     table = advance(table, row)
@@ -275,15 +292,22 @@ def extend(
         items=(items,), pages=table.pages, length=table.length,
         query_position=jnp.where(row < rows, position, -1),
     )  # fmt: skip
-    attend = paged_attend(slots, work, decoder.config.layer_windows())
-    hidden, pool = decoder(tokens, position, pool, attend)
+    windows = decoder.config.layer_windows()
+    if reading is None or budget is None:
+        hidden, pool = decoder(tokens, position, pool, paged_attend(slots, work, windows))
+        return pool, table, hidden
+    heads = table.pages.shape[1]
+    nothing = Read(jnp.zeros((heads, rows, pages), jnp.int32), jnp.zeros((heads, rows), jnp.int32))
+    attend = reading_attend(slots, work, reading.policy, budget, windows)
+    hidden, (pool, _) = decoder(tokens, position, (pool, nothing), attend)
     return pool, table, hidden
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 8), donate_argnums=4)
 def answer(
     graph: nnx.GraphDef[Any], sizes: Sizes, stops: tuple[int, ...], params: Any, pool: KVPool,
-    table: PageTable, token: Array, most: Array,
+    table: PageTable, token: Array, most: Array, reading: Reading | None = None,
+    budget: Array | None = None,
 ) -> tuple[KVPool, Array]:  # fmt: skip
     """Writes answers, each token the likeliest after those written.
 
@@ -296,11 +320,16 @@ def answer(
         table: the rows.
         token: int32[B], the answers' first tokens.
         most: int32[B], at most how many each may have.
+        reading: static; None: each step reads all pages.
+        budget: int32[B], how many tokens a step reads, where `reading` is given.
 
     Returns:
         The pool, and int32[W, B], -1 after an answer's end; the token that ends it is there.
     """
     decoder = nnx.merge(graph, params)
+    if reading is not None:
+        bounds = rebuild_bounds(pool.k, None, table.pages, table.length)
+        pool = dataclasses.replace(pool, bounds=bounds)
     rows = token.shape[0]
     number = jnp.arange(rows, dtype=jnp.int32)
     ends = jnp.asarray(stops, jnp.int32)[None]
@@ -312,8 +341,9 @@ def answer(
         i, pool, table, token, live, out = carry
         row = jnp.where(live, number, rows)
         pool, table, hidden = extend(
-            decoder, sizes, pool, table, token, row, table.position, number, number + 1, 1
-        )
+            decoder, sizes, pool, table, token, row, table.position, number, number + 1, 1,
+            reading, budget,
+        )  # fmt: skip
         token = jnp.where(live, _likeliest(decoder, hidden), -1)
         return i + 1, pool, table, token, live_after(live, token, i + 1), out.at[i].set(token)
 
@@ -321,7 +351,7 @@ def answer(
     live = live_after(most > 0, token, jnp.int32(1))
     carry = jnp.int32(1), pool, table, token, live, out
     carry = jax.lax.while_loop(lambda c: jnp.any(c[4]) & (c[0] < sizes.answer), one, carry)
-    return carry[1], carry[-1]
+    return dataclasses.replace(carry[1], bounds=None), carry[-1]
 
 
 def _likeliest(decoder: Decoder, hidden: Array) -> Array:

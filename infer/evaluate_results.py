@@ -11,7 +11,15 @@ from kvjax.infer.evaluate_metrics import wilson
 __all__ = ["show_table", "summarize_answers"]
 
 Line = dict[str, Any]
-_MEANS = ("bytes", "bytes_full", "recall", "attention_error", "prefill_seconds", "select_seconds")
+_MEANS = (
+    "bytes",
+    "bytes_read",
+    "bytes_full",
+    "recall",
+    "attention_error",
+    "prefill_seconds",
+    "select_seconds",
+)
 _RESAMPLES = 1000
 
 
@@ -43,7 +51,9 @@ def _summary(key: tuple, lines: list[Line], groups: dict[tuple, list[Line]]) -> 
         "prompts": len(lines),
     }
     for name in _MEANS:
-        result[name] = _plain(float(np.mean([line[name] for line in lines])))
+        # Answers of earlier releases do not say what was read: all that was held.
+        values = [line.get(name, line["bytes"]) for line in lines]
+        result[name] = _plain(float(np.mean(values)))
     # The first batch of a shape compiles: the median is that of the others.
     result["tokens_per_second"] = _plain(np.median([x["tokens_per_second"] for x in lines]))
     whole = groups.get((length, protocol, "full", "full"))

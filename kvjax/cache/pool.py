@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache.table import PageTable, Slots
+from kvjax.pallas_kernels.page_bounds import append_bounds
 from kvjax.pallas_kernels.page_write import page_write
 
 __all__ = [
@@ -36,7 +37,8 @@ class KVPool:
         v: [N, R, C, P, D] values.
         position: int32[N, P] true positions, -1 for a dead slot; None: every page is dense, so a
             token's position is its slot in the row.
-        bounds: per-page bounds of the keys; None where nothing selects by them.
+        bounds: float32[N, R, C, 3, D], see `pallas_kernels.page_bounds`; `write` keeps them up,
+            after a compaction they are to be computed anew. None where nothing selects by them.
         scales: per-token scales of 8-bit pages; None where pages hold k and v as they are.
 
     Any slot that no row has written may hold anything, NaN included: what reads a pool must not
@@ -136,7 +138,10 @@ def write(pool: KVPool, layer: Array, k: Array, v: Array, slots: Slots) -> KVPoo
     group = layer // pool.k.shape[1]
     page, offset = slots.page[group], slots.offset[group]
     planes = page_write(pool.k, pool.v, layer, k, v, page, offset)
-    return dataclasses.replace(pool, k=planes[0], v=planes[1])
+    bounds = pool.bounds
+    if bounds is not None:
+        bounds = append_bounds(bounds, layer, k, page, offset)
+    return dataclasses.replace(pool, k=planes[0], v=planes[1], bounds=bounds)
 
 
 def write_positions(pool: KVPool, positions: Array, slots: Slots) -> KVPool:

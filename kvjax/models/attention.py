@@ -4,6 +4,7 @@ import dataclasses
 from typing import cast
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from kvjax.cache.pool import KVPool, write
@@ -11,9 +12,10 @@ from kvjax.cache.table import Slots
 from kvjax.models.decoder import Attend
 from kvjax.pallas_kernels.page_attention import WorkList, page_attention
 from kvjax.pallas_kernels.prefill_attention import prefill_attention
+from kvjax.select.mpcache import MPCache, Read
 from kvjax.sharding import pool_spec, spec
 
-__all__ = ["causal_attend", "own_heads", "paged_attend"]
+__all__ = ["causal_attend", "own_heads", "paged_attend", "reading_attend"]
 
 Array = jax.Array
 
@@ -69,6 +71,44 @@ def paged_attend(
             _write_and_read, mesh=mesh, in_specs=(*[whole] * 4, *[heads] * 3, pages),
             out_specs=(heads, pages), check_vma=False,
         )(*arguments)  # fmt: skip
+
+    return attend
+
+
+def reading_attend(
+    slots: Slots, work: WorkList, policy: MPCache, tokens: Array, windows: Array | None = None
+) -> Attend:
+    """As `paged_attend`, but each query reads those pages of its row that the policy chooses.
+
+    Args:
+        slots: where the B new tokens go, one of each row.
+        work: an item a row over the entries of a `Read`; its table is that of all pages.
+        policy: static.
+        tokens: int32[B], how many each row may read.
+        windows: int32[L] from `DecoderConfig.layer_windows`.
+
+    Returns:
+        An `attend` whose state is a `KVPool` with bounds and a `Read`.
+    """
+
+    def attend(
+        layer: Array, q: Array, k: Array, v: Array, state: tuple[KVPool, Read]
+    ) -> tuple[Array, tuple[KVPool, Read]]:
+        pool, read = state
+        pool = write(pool, layer, k, v, slots)
+        read = policy.read(q, pool, layer, work.pages, work.length, tokens, read)
+        own = work.pages[layer // pool.k.shape[1]]
+        page = jnp.take_along_axis(own, jnp.minimum(read.entry, own.shape[-1] - 1), axis=-1)
+        page = jnp.where(read.entry < own.shape[-1], page, pool.k.shape[0])
+        groups = work.pages.shape[0]
+        chosen = dataclasses.replace(
+            work,
+            pages=jnp.broadcast_to(page[None], (groups, *page.shape)),
+            length=jnp.broadcast_to(read.length[None], (groups, *read.length.shape)),
+        )
+        window = None if windows is None else windows[layer]
+        out, _ = page_attention(q, pool, layer, chosen, window=window)
+        return out, (pool, read)
 
     return attend
 

@@ -9,6 +9,7 @@ from kvjax.select.expected_attention import ExpectedAttention
 from kvjax.select.h2o import H2O
 from kvjax.select.keydiff import KeyDiff
 from kvjax.select.knorm import Knorm
+from kvjax.select.mpcache import MPCache, Read, calibrate_sharing, published_sharing
 from kvjax.select.pyramidkv import PyramidKV
 from kvjax.select.scorer import Scorer
 from kvjax.select.snapkv import SnapKV
@@ -27,19 +28,23 @@ __all__ = [
     "ExpectedAttention",
     "KeyDiff",
     "Knorm",
+    "MPCache",
     "Observation",
     "Oracle",
     "Policy",
     "PyramidKV",
     "RandomTokens",
     "RandomWindows",
+    "Read",
     "Scorer",
     "SnapKV",
     "StreamingLLM",
     "View",
     "WindowKV",
     "calibrate_leaders",
+    "calibrate_sharing",
     "evict",
     "pages_held",
     "parse_budget",
+    "published_sharing",
 ]

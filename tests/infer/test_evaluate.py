@@ -91,6 +91,18 @@ def test_what_is_no_answer_is_said(tmp_path):
         list(read_answers(path))
 
 
+def test_what_is_read_may_be_less_than_what_is_held(lines, model, tmp_path):
+    suite = small(policies=("mpcache",), budgets=("1/1", "1/8"), protocols=("A",))
+    found = evaluate(model, suite, tmp_path / "answers.jsonl")
+    whole = [line["answer"] for line in of(lines[0], policy="full", protocol="A")]
+    assert [line["answer"] for line in of(found, budget="1/1")] == whole
+    for line in of(found, budget="1/8"):
+        assert 0.38 < line["bytes"] / line["bytes_full"] < 0.45
+        # An eighth, and a vector of every page that is held: of pages of 4 tokens an eighth of 0.4.
+        assert 0.15 < line["bytes_read"] / line["bytes_full"] < 0.19
+    assert all(line["bytes_read"] == line["bytes"] for line in lines[0])
+
+
 def test_results(lines):
     results = summarize_answers(lines[0])
     assert len(results) == 2 * 7
