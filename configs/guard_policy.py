@@ -15,7 +15,7 @@ config: GuardConfig = GuardConfig(
     role="policy",
     model=DecoderConfig(
         vocab_size=512, num_layers=6, embed_dim=160, mlp_dim=400, num_heads=5, num_kv_heads=5,
-        head_dim=32, max_positions=64, tie_embeddings=True, qk_norm=True,
+        head_dim=32, max_positions=128, tie_embeddings=True, qk_norm=True,
     ),
     steps=6000,
     step=StepOptions(compute_dtype="bfloat16", clip_norm=1.0, ema_decay=0.999),

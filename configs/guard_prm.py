@@ -14,7 +14,7 @@ config: GuardConfig = GuardConfig(
     role="prm",
     model=DecoderConfig(
         vocab_size=512, num_layers=4, embed_dim=96, mlp_dim=256, num_heads=3, num_kv_heads=3,
-        head_dim=32, max_positions=64, qk_norm=True,
+        head_dim=32, max_positions=128, qk_norm=True,
     ),
     answers=200_000,
     seed=21,
