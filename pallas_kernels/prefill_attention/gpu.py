@@ -1,5 +1,7 @@
 """CuDNN's flash attention, which never holds the square of scores, with gradients."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -23,10 +25,11 @@ def prefill_attention_cudnn(
     padding = ((0, 0), (0, -length % CUDNN_TILE), (0, 0), (0, 0))
     q, k, v = (jnp.pad(x, padding) for x in (q, k, v))
     if isinstance(window, int):
-        options = {"mask_type": MaskType.CAUSAL, "sliding_window_length": window or None}
+        options: Any = {"mask_type": MaskType.CAUSAL, "sliding_window_length": window or None}
     else:
         options = {"mask": window_mask(q.shape[1], window)}
     # jax mixes dtypes there; strict promotion is for our own arithmetic.
     with jax.numpy_dtype_promotion("standard"):
-        out, lse = dot_product_attention(q, k, v, scale=scale, return_residual=True, **options)
+        both: Any = dot_product_attention(q, k, v, scale=scale, return_residual=True, **options)
+    out, lse = both
     return out[:, :length], jnp.swapaxes(lse, 1, 2)[:, :length]

@@ -332,23 +332,25 @@ class _Block:
         return pl.run_scoped(multiply, *refs)
 
     def _weights(self, g: int, score: Array) -> Array:
-        lse: Any = plgpu.load(self.query_lse.at[g], layout=plgpu.Layout.WGMMA.reduce(0))
+        lse = _load(self.query_lse.at[g], plgpu.Layout.WGMMA.reduce(0))
         lse = lax.broadcast_in_dim(lse, score.shape, [1])
         return jnp.exp2(score * (self.sizes.scale * _LOG2_E) - lse)
 
     def _hide(self, head: Array, row: Array, tile: Array, weight: Array) -> Array:
         """No query sees what comes after it."""
-        query: Any = plgpu.load(self.query_place, layout=plgpu.Layout.WGMMA.reduce(0))
+        query = _load(self.query_place, plgpu.Layout.WGMMA.reduce(0))
         if self.sizes.tracked:
             tokens = pl.ds(pl.multiple_of(tile * _TILE, _TILE), _TILE)
-            key: Any = plgpu.load(
-                self.position.at[self._heads(head), row, tokens],
-                layout=plgpu.Layout.WGMMA.reduce(1),
-                optimized=False,
-            )
+            held = self.position.at[self._heads(head), row, tokens]
+            key = _load(held, plgpu.Layout.WGMMA.reduce(1), optimized=False)
             key = lax.broadcast_in_dim(key, weight.shape, [0])
         else:
             key = plgpu.broadcasted_iota(jnp.int32, weight.shape, 0, layout=plgpu.Layout.WGMMA)
             key = key + tile * _TILE
         seen = key <= lax.broadcast_in_dim(query, weight.shape, [1])
         return jnp.where(seen, weight, 0.0)
+
+
+def _load(ref: Any, layout: Any, optimized: bool = True) -> Array:
+    # jax 0.10 wants the index beside the reference; it is not for these kernels.
+    return plgpu.load(ref, layout=layout, optimized=optimized)  # pyright: ignore[reportCallIssue]

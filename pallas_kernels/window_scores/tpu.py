@@ -113,7 +113,7 @@ def _sizes(q: Array, pool: Any, pages: Array) -> _Sizes:
 def _call(
     sizes: _Sizes, q: Array, k: Array, pages: Array, scale: float, interpret: Any
 ) -> Callable[..., Array]:
-    b, j, c, rows, d = q.shape
+    (b, j, c, rows, d), table = q.shape, (pages.shape[1], pages.shape[2])
     tokens = sizes.block_pages * k.shape[3]
     slots = sizes.blocks * tokens
     pairs = b * j * c * rows * slots
@@ -122,7 +122,7 @@ def _call(
         return pl.BlockSpec((1, 1, c, rows, last), lambda i, n, t, *_: (i, n, 0, 0, 0))
 
     return pl.pallas_call(
-        functools.partial(_kernel, sizes=sizes, table=pages.shape[1:], scale=scale),
+        functools.partial(_kernel, sizes=sizes, table=table, scale=scale),
         name="window_scores_tpu",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
