@@ -40,7 +40,7 @@ def find_model(model: str | Path) -> Path:
         if (candidate / "config.json").is_file():
             return candidate
     if str(model) in BUILT_IN_MODELS:
-        return Path(str(importlib.resources.files("kvjax.models"))) / str(model)
+        return Path(str(importlib.resources.files("kvjax.models"))) / str(model).replace("-", "_")
     if folder.exists():
         return folder  # what is missing in it is said by whoever reads it
     raise InputError(

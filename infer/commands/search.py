@@ -12,6 +12,7 @@ import jax
 import tyro
 
 from kvjax.errors import InputError
+from kvjax.infer.commands import guard_search
 from kvjax.infer.commands.shared import parse_arguments, parse_bytes, warm_up
 from kvjax.infer.llm import LLM, find_model
 from kvjax.infer.sampling import SamplingParams
@@ -38,7 +39,11 @@ def least_page() -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Search(MethodOptions):
-    """Solve questions by tree search, guided by a reward model."""
+    """Solve questions by tree search, guided by a reward model.
+
+    With --prompts FILE instead of --questions every next token is rated (Saffron): see
+    `kvjax search --prompts x --help`.
+    """
 
     questions: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """A question a line: text, or JSON with "question" and perhaps "answer". By default standard
@@ -195,7 +200,13 @@ def _record(task: SearchTask, question: Question, tree: Searched, choice: Choice
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
+    """Runs the command; returns its exit status.
+
+    With --prompts it is a search by tokens, see `guard_search`.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    if any(word == "--prompts" or word.startswith("--prompts=") for word in words):
+        return guard_search.main(words)
     args = parse_arguments(Search, "kvjax search", argv)
     if args.task not in TASKS:
         raise InputError(f"no task {args.task!r}: use one of {', '.join(TASKS)}")
