@@ -162,7 +162,10 @@ class Engine:
         if len(self._running) < 2:
             return True
         oldest = self._running[0][1]
-        return oldest.done() and oldest.result().token.is_ready()
+        if not oldest.done():
+            return False
+        token: Any = oldest.result().token  # jax.Array's own stub does not know `is_ready`
+        return token.is_ready()
 
     def run(self) -> Generator[list[Output], None, None]:
         """Computes until the planner has nothing left; yields what each call has brought.

@@ -124,7 +124,8 @@ def _play(
     engine = llm.engine
     ledger = PageLedger(engine.cache.num_pages)
     engine.planner = make_planner("fcfs-lru", engine.grid, ledger, grouped=shared)
-    held, made = Held(engine), {(): prompt}
+    held = Held(engine)
+    made: dict[tuple[int, ...], tuple[int, ...]] = {(): prompt}
     sampling = SamplingParams(temperature=1.0)
     draw_steps(llm, held, [Draw((0, ()), prompt, 0, 0)], _NO_ENDS, sampling)
     spent: dict[str, list[float]] = {"seconds": [], "select": [], "tokens": [], "pages": []}

@@ -5,9 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# `jax.nn.dot_product_attention` would round the lse to the outputs' 16 bits.
-from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
-
 from kvjax.pallas_kernels.devices import CUDNN_TILE
 from kvjax.pallas_kernels.prefill_attention.mask import Window, window_mask
 
@@ -20,6 +17,9 @@ def prefill_attention_cudnn(
     q: Array, k: Array, v: Array, window: Window, scale: float
 ) -> tuple[Array, Array]:
     """See `api.prefill_attention`."""
+    # `jax.nn.dot_product_attention` would round the lse to the outputs' 16 bits.
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
     length = q.shape[1]
     # Nobody sees what comes after: padding at the end changes nothing before it.
     padding = ((0, 0), (0, -length % CUDNN_TILE), (0, 0), (0, 0))
