@@ -1,8 +1,10 @@
 """`kvjax bench saffron`: attack success against compute, of searches by tokens in a safety world.
 
 Every prompt carries an attacker's prefill. An answer is unsafe if it does harm as often as the
-world's limit, and the automaton itself says so, never a reward model. Compute is the ledger's.
-Each run is a line of a file; what is in the file is not run again.
+world's limit, and the automaton itself says so, never a reward model. An answer that leaves the
+world's language is `strange`: what harm it does from there on nobody knows, so where a policy often
+does that it is too badly trained to compare searches with. Compute is the ledger's. Each run is a
+line of a file; what is in the file is not run again.
 """
 
 import dataclasses
@@ -259,11 +261,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps({"exact": _exact(attack), "runs": wanted}))
         return 0
     print("exact: " + ", ".join(f"{name} {value}" for name, value in _exact(attack).items()))
-    print("run | ASR | 95 % | refused | MFLOP a prompt | rated a node | seconds")
+    print("run | ASR | 95 % | refused | strange | MFLOP a prompt | rated a node | seconds")
     for r in wanted:
+        shares = f"{r['asr']:.3f} | {r['low']:.3f}-{r['high']:.3f} | {r['refused']:.3f}"
         print(
-            f"{r['run']} | {r['asr']:.3f} | {r['low']:.3f}-{r['high']:.3f} | {r['refused']:.3f} | "
-            f"{r['mflop']:.4g} | {r['rated_per_node']:.2f} | {r['seconds']:.1f}"
+            f"{r['run']} | {shares} | {r['strange']:.3f} | {r['mflop']:.4g} | "
+            f"{r['rated_per_node']:.2f} | {r['seconds']:.1f}"
         )
     return 0
 
