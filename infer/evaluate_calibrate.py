@@ -39,7 +39,8 @@ def calibrate_shares(
     Args:
         model: whose heads.
         prompts: like those to come; all are held in memory at a time.
-        policy: whose shares are wanted; each head gets windows of its own.
+        policy: whose shares are wanted; each head gets windows of its own. If it has shares, they
+            are where the search begins, otherwise equal ones.
         ratios: the budgets to calibrate for.
         page_size: tokens of a page.
         most_tokens: of an answer.
@@ -53,6 +54,8 @@ def calibrate_shares(
         rows=len(prompts), prompt=max(len(p.context) + len(p.question) for p in prompts),
         question=0, answer=most_tokens, page_size=page_size, observed=policy.alpha,
     )  # fmt: skip
+    heads = model.config.num_layers, model.config.num_kv_heads
+    shares = np.asarray(policy.shares) if policy.budgets == "shares" else np.ones(heads)
     policy = dataclasses.replace(policy, budgets="shares", heads="each", shares=())
     batch = arrays(model, sizes, prompts, "A")
     view, answers = _sample(model, sizes, batch)
@@ -69,8 +72,6 @@ def calibrate_shares(
         ]  # fmt: skip
         return float(np.mean([float(x) for x in found]))
 
-    heads = model.config.num_layers, model.config.num_kv_heads
-    shares = np.ones(heads)
     best = loss(shares)
     for step in steps:
         for head in np.ndindex(*heads):

@@ -6,7 +6,7 @@ alpha tokens. Where a window is a whole number of pages, that is surgery on the 
 
 The paper and its code differ, and both can be had: `budgets`, `strategy`, `strict`. What goes
 beyond them is an option by itself: `leaders`, `heads`, `kernel`, `overlap`, `distinct`,
-`sink_windows`, `share_rest`, and `budgets="shares"`.
+`foresight`, `sink_windows`, `share_rest`, and `budgets="shares"`.
 """
 
 import dataclasses
@@ -26,6 +26,8 @@ from kvjax.select.view import Policy, View, attention_received, by_kv_head
 __all__ = ["WindowKV", "calibrate_leaders"]
 
 Array = jax.Array
+
+_LOWEST = -1e9  # worse than any token, and yet no -inf, which is never kept
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,9 @@ class WindowKV(Policy):
         overlap: windows also begin at half a window, and half windows are kept.
         distinct: which part of what a head keeps is chosen by its keys alone, those least like the
             others (KeyDiff); for what later tokens look for, and the last queries do not.
+        foresight: [L][K][D + 1], for the `distinct` part: the weights of a value, and a constant,
+            whose sum is the log-odds that an answer will look at that token. Linear, as KVzap's
+            smallest, and found by `kvjax.infer.evaluate_foresight`; empty: distinctness.
         sink_windows: how many of the first windows always stay.
         strict: never exceed the budget; False: keep a window that reaches beyond it, as the code.
         share_rest: what a group cannot use goes to the others.
@@ -77,6 +82,7 @@ class WindowKV(Policy):
     kernel: int = 1
     overlap: bool = False
     distinct: float = 0.0
+    foresight: tuple[tuple[tuple[float, ...], ...], ...] = ()
     sink_windows: int = 0
     strict: bool = True
     share_rest: bool = True
@@ -209,13 +215,26 @@ class WindowKV(Policy):
         return by_kv_head(scores, 1 if self.heads == "shared" else view.shape[1])
 
     def _distinctness(self, view: View, leaders: Array, end: Array) -> Array:
-        """How unlike all others the keys of each unit are, float32[groups, K or 1, B, U]."""
-        scores = distinctness(view, leaders)
+        """What the keys or values of each unit promise, float32[groups, K or 1, B, U]."""
+        scores = self._foreseen(view, leaders) if self.foresight else distinctness(view, leaders)
         pad = [(0, 0)] * 3 + [(0, -scores.shape[-1] % self.unit)]
-        scores = jnp.where(view.slot < end[leaders][..., None], scores, -1.0)
-        scores = jnp.pad(scores, pad, constant_values=-1.0)
+        scores = jnp.where(view.slot < end[leaders][..., None], scores, _LOWEST)
+        scores = jnp.pad(scores, pad, constant_values=_LOWEST)
         units = jnp.max(scores.reshape(*scores.shape[:3], -1, self.unit), axis=-1)
         return self._over_heads(view, units)
+
+    def _foreseen(self, view: View, leaders: Array) -> Array:
+        """The attention that answers are expected to pay, up to a constant of each head's."""
+        weights = jnp.asarray(self.foresight, jnp.float32)
+        if weights.shape != (*view.shape[:2], view.pool.v.shape[-1] + 1):
+            raise InputError(f"foresight of {weights.shape} for another model: calibrate it")
+
+        def one(layer: Array) -> Array:
+            own = weights[layer]
+            found = jnp.einsum("kbsd,kd->kbs", view.values(layer), own[:, :-1], precision="highest")
+            return found + own[:, -1, None, None]
+
+        return jax.lax.map(one, leaders)
 
     def _counts(self, tokens: Array, end: Array, suffix: Array) -> Array:
         """How many units each group keeps, int32[groups, K or 1, B]."""

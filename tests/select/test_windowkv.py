@@ -243,3 +243,32 @@ def test_what_does_not_fit_is_said(view, options, message):
 def test_what_is_no_option_is_said(options):
     with pytest.raises(InputError):
         WindowKV(**options)
+
+
+def test_foresight_keeps_what_values_promise_beside_what_was_looked_at(arrays, view):
+    """Half of the budget goes to the windows that hold the values it points to."""
+    v = arrays[2]
+    layers, _, _, kv_heads, d = v.shape
+    weights = np.zeros((layers, kv_heads, d + 1), np.float32)
+    weights[..., 3] = 1.0
+    policy = WindowKV(
+        window=4, alpha=4, heads="each", distinct=0.5,
+        foresight=tuple(tuple(map(tuple, heads)) for heads in weights.tolist()),
+    )  # fmt: skip
+    keep = np.asarray(kept_by(policy, view, 36))[..., :60]  # of 64, the last page stays
+    without = np.asarray(kept_by(dataclasses.replace(policy, distinct=0.0), view, 20))[..., :60]
+    assert (keep >= without).all()  # 16 of 32 tokens as the last queries want
+    promised = np.moveaxis(v[..., 3], 3, 1)[..., :60]  # [L, K, B, 60]
+    best = promised.reshape(*promised.shape[:3], 15, 4).max(-1)
+    rest = keep & ~without
+    for at in np.ndindex(keep.shape[:3]):
+        taken = rest[at].reshape(15, 4).all(-1)
+        left = ~keep[at].reshape(15, 4).any(-1)
+        assert taken.sum() == 4
+        assert best[at][taken].min() > best[at][left].max()
+
+
+def test_foresight_of_another_model_is_refused(view):
+    policy = WindowKV(window=4, alpha=4, distinct=0.5, foresight=(((1.0, 2.0),),))
+    with pytest.raises(InputError, match="another model"):
+        policy.keep(view, tokens(view, 16))
