@@ -188,7 +188,7 @@ def run_job(
         if job.simulate:
             processes = {0: _start(folder, None, None)}
         try:
-            events = _follow(processes, job.timeout, follow)
+            events = _follow(folder, processes, follow)
         finally:
             _end(processes)
         return _outcome(folder, events)
@@ -203,7 +203,7 @@ def _start(folder: Path, rank: int | None, tls: dict[str, str] | None) -> subpro
 
 
 def _follow(
-    processes: dict[int, subprocess.Popen[str]], timeout: float, follow: Callable[[Event], None]
+    folder: Path, processes: dict[int, subprocess.Popen[str]], follow: Callable[[Event], None]
 ) -> list[Event]:
     """Collects events until all are done; raises as soon as one is not."""
     lines: queue.Queue[tuple[int, str | None]] = queue.Queue()
@@ -223,8 +223,8 @@ def _follow(
         rank, line = lines.get()
         if line is None:
             running.discard(rank)
-            if status := processes[rank].wait():
-                raise _error(rank, status, events)
+            if processes[rank].wait():
+                raise _error(folder, processes, events)
             continue
         if line.startswith("{"):
             events.append(json.loads(line))
@@ -232,13 +232,20 @@ def _follow(
     return events
 
 
-def _error(rank: int, status: int, events: list[Event]) -> PartyError:
-    """Says which party ended and why; one that another waited for is named by that one."""
+def _error(
+    folder: Path, processes: dict[int, subprocess.Popen[str]], events: list[Event]
+) -> PartyError:
+    """Says which party ended and why: one that was killed before those that missed it."""
+    status = {rank: process.poll() or 0 for rank, process in processes.items()}
     said = [e for e in events if e["event"] == "failed"]
-    if said:
-        return PartyError(f"party {said[-1]['rank']} ended: {said[-1]['message']}")
-    how = f"signal {-status}" if status < 0 else f"status {status}"
-    return PartyError(f"party {rank} died ({how}): the other parties were ended")
+    killed = [rank for rank in status if status[rank] < 0]
+    if said and not killed:
+        return PartyError(f"party {said[0]['rank']} ended: {said[0]['message']}")
+    rank = killed[0] if killed else next(rank for rank in status if status[rank])
+    how = f"signal {-status[rank]}" if killed else f"status {status[rank]}"
+    lines = (folder / f"errors-{rank}.txt").read_text(errors="replace").split("\n")
+    why = next((f", {line.strip()[:200]}" for line in reversed(lines) if line.strip()), "")
+    return PartyError(f"party {rank} died ({how}{why}): the other parties were ended")
 
 
 def _end(processes: dict[int, subprocess.Popen[str]]) -> None:

@@ -18,10 +18,10 @@ from kvjax.infer.bench import private as bench
 from kvjax.infer.private import arithmetic, session
 from kvjax.infer.private.attention import attend
 from kvjax.infer.private.environment import environment_folder
-from kvjax.infer.private.lowering import lower
+from kvjax.infer.private.lowering import cached, lower
 from kvjax.infer.private.model import POLICIES, prepare
 from kvjax.infer.private.run import add_generation, in_the_clear
-from kvjax.infer.private.session import Job, PartyError, run_job
+from kvjax.infer.private.session import Job, Network, PartyError, run_job
 from kvjax.models.decoder import Decoder, DecoderConfig
 
 pytestmark = pytest.mark.skipif(
@@ -195,18 +195,47 @@ def test_bytes_of_the_bench_are_those_of_the_dossier():
     assert wan["ours mean"] < wan["full"] < wan["published mean"]
 
 
-def test_two_party_full_attention_counts_are_exact():
-    job = Job(protocol="SEMI2K", exp="default", simulate=True)
-    q, k, v = (RANDOM.normal(size=s).astype(np.float32) for s in [(8, 64), *[(8, 256, 64)] * 2])
+def attention_job(tokens, times=1, *, held=False, **options):
+    """SEMI2K: one attention step over random keys and values, several times."""
+    random = np.random.default_rng(0)
+    q, k, v = (random.normal(size=(8, *n, 64)).astype(np.float32) for n in [(), *[(tokens,)] * 2])
     q = q / np.float32(8)  # who owns the weights divides by the root of the head size
+    job = Job(protocol="SEMI2K", exp="default", simulate=True, **options)
     job.share(0, q=q, k=k, v=v)
-    job.run(lower("full", attend, [q, k, v]), ["q", "k", "v"], ["o"])
-    job.mark("full")
-    job.open("o", 1, "o")
+    program = lower("full", attend, [q, k, v])
+    for name in ("k", "v") if held else ():
+        job.run(cached("hold", k), [name], [name])
+    for i in range(times):
+        job.mark("before")
+        job.run(program, ["q", "k", "v"], ["o"])
+        job.mark(f"full {i}")
+        job.open("o", 1, f"o{i}")
+    return job, np.asarray(attend(q, k, v))
+
+
+def test_two_party_full_attention_counts_are_exact():
+    job, expected = attention_job(256)
     outcome = run_job(job)
-    run = outcome.of("full")["runs"][-1]
+    run = outcome.of("full 0")["runs"][-1]
     assert (run["bytes"], run["actions"]) == (2641288, 159)
-    np.testing.assert_allclose(outcome.opened["o"], attend(q, k, v), atol=6e-3)
+    np.testing.assert_allclose(outcome.opened["o0"], expected, atol=6e-3)
+
+
+def test_held_keys_and_values_are_opened_once():
+    job, expected = attention_job(512, 2, held=True)
+    outcome = run_job(job)
+    first, second = (outcome.of(f"full {i}")["runs"][-1]["bytes"] for i in range(2))
+    assert second <= 0.25 * first
+    np.testing.assert_allclose(outcome.opened["o1"], expected, atol=6e-3)
+
+
+def test_the_network_model_is_what_a_shaped_network_takes():
+    network = Network(delay=20e-3, rate=100e6)
+    outcome = run_job(attention_job(64, 2, network=network)[0])
+    mark = outcome.of("full 1")
+    run = mark["runs"][-1]
+    cost = {"seconds": 0.05, "actions": run["actions"], "bytes": run["bytes"]}
+    assert run["seconds"] == pytest.approx(bench.emulated_seconds(cost, network), rel=0.15)
 
 
 def test_the_command_says_what_it_cost():
