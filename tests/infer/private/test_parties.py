@@ -24,10 +24,13 @@ from kvjax.infer.private.run import add_generation, in_the_clear
 from kvjax.infer.private.session import Job, Network, PartyError, run_job
 from kvjax.models.decoder import Decoder, DecoderConfig
 
-pytestmark = pytest.mark.skipif(
-    not (environment_folder() / "ready").exists(),
-    reason="no environment for parties: run `kvjax private setup` first",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (environment_folder() / "ready").exists(),
+        reason="no environment for parties: run `kvjax private setup` first",
+    ),
+]
 CONFIG = DecoderConfig(
     vocab_size=40, num_layers=3, embed_dim=16, mlp_dim=24, num_heads=4, num_kv_heads=2,
     head_dim=8, max_positions=128, qkv_bias=True, qk_norm=True,
