@@ -89,9 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     policy = find_model(args.policy)
     tokenizer = Tokenizer.load(policy) if (policy / "tokenizer.json").is_file() else None
     prompts = read_prompts(args.prompts, tokenizer)
-    reward, judge = (name and find_model(name) for name in (args.reward, args.judge))
+    reward, judge = (None if m is None else find_model(m) for m in (args.reward, args.judge))
     ends = tokenizer.eos_ids if tokenizer is not None else ()
-    models = load_guard(policy, reward or None, judge or None, ends=ends, dtype=dtype)
+    models = load_guard(policy, reward, judge, ends=ends, dtype=dtype)
     search = TokenSearch(
         models, args, prompts_at_a_time=min(args.at_a_time, len(prompts)),
         prompt_tokens=max(map(len, prompts)),

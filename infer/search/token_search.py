@@ -103,7 +103,7 @@ class TokenSearch:
 
     def search(
         self, prompts: Sequence[Sequence[int]], *, first: int = 0,
-        progress: Callable[[int, int], None] = lambda done, of: None,
+        progress: Callable[[int, int], object] = lambda done, of: None,
     ) -> list[Found]:  # fmt: skip
         """Answers prompts; what it costs is added to `ledger`.
 
