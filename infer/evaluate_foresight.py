@@ -44,10 +44,16 @@ def calibrate_foresight(
     """
     found = [_examples(model, prompts, page_size) for prompts in batches]
     weights = [
-        [_logistic(*(np.concatenate([f[i][layer, head] for f in found]) for i in (0, 1)), ridge)
-         for head in range(model.config.num_kv_heads)]
+        [
+            _logistic(
+                np.concatenate([values[layer, head] for values, _ in found]),
+                np.concatenate([targets[layer, head] for _, targets in found]),
+                ridge,
+            )
+            for head in range(model.config.num_kv_heads)
+        ]
         for layer in range(model.config.num_layers)
-    ]  # fmt: skip
+    ]
     return tuple(tuple(tuple(round(float(x), 4) for x in w) for w in heads) for heads in weights)
 
 

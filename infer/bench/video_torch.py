@@ -200,6 +200,10 @@ def measure(options: BenchVideo, variant: str) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
+def _main() -> None:
     fields, chosen = json.loads(sys.argv[1]), sys.argv[2]
     print(json.dumps(measure(BenchVideo(**fields), chosen)))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,7 +1,7 @@
 """The parties' own environment: SecretFlow SPU and what its Python needs, pinned.
 
 SPU's wheels pin one old JAX. Its native part needs none, so the wheel is installed without what it
-asks for, into an environment by itself; see `kvjax.infer.private.party`.
+asks for, into an environment by itself; see `kvjax.infer.private._party`.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ for name in ("kvjax", "kvjax.infer", "kvjax.infer.private"):
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = []
 sys.modules["kvjax.infer.private"].__path__ = [sys.argv.pop(1)]
-runpy.run_module("kvjax.infer.private.party", run_name="__main__", alter_sys=True)
+runpy.run_module("kvjax.infer.private._party", run_name="__main__", alter_sys=True)
 """
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 from typing import Any
 
-from kvjax.infer.private.party.engine import load_spu
+from kvjax.infer.private._party.engine import load_spu
 
 __all__ = ["Network", "shaped_contexts"]
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.infer.private.party.channels import Network, shaped_contexts
-from kvjax.infer.private.party.counters import Log
-from kvjax.infer.private.party.engine import Link, Program, Vm, load_spu, runtime_config
-from kvjax.infer.private.party.watch import Watch
+from kvjax.infer.private._party.channels import Network, shaped_contexts
+from kvjax.infer.private._party.counters import Log
+from kvjax.infer.private._party.engine import Link, Program, Vm, load_spu, runtime_config
+from kvjax.infer.private._party.watch import Watch
 
 
 def say(**event: Any) -> None:
