@@ -205,7 +205,9 @@ class Programs:
     def __init__(
         self, models: Models, options: TokenOptions, prompts: int, given: bool = False
     ) -> None:
-        self.models, self.options, self.prompts = models, options, prompts
+        self.models: Models = models
+        self.options: TokenOptions = options
+        self.prompts: int = prompts
         self.names: tuple[str, ...] = models.needed(options, given)
         size = models.policy[2].vocab_size
         mrm = models.mrm if "mrm" in self.names else None

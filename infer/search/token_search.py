@@ -9,12 +9,13 @@ back at once. What a prompt comes to does not depend on the prompts that are sea
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.cache import Branch, OutOfPages, PageLedger, PrefixTrie
+from kvjax.cache import Branch, KVPool, OutOfPages, PageLedger, PrefixTrie
 from kvjax.errors import InputError
 from kvjax.infer.search.ledger import Ledger
 from kvjax.infer.search.token_models import Models, Programs, TokenOptions
@@ -74,14 +75,16 @@ class TokenSearch:
         self, models: Models, options: TokenOptions, *, prompts_at_a_time: int = 8,
         prompt_tokens: int = 64, given: Given | None = None, num_pages: int | None = None,
     ) -> None:  # fmt: skip
-        b, self.draws = prompts_at_a_time, options.width
+        b = prompts_at_a_time
+        self.draws: int = options.width
         if options.method == "random":
             given = _noise(options.seed, models.policy[2].vocab_size)
         elif given is not None and options.method != "saffron":
             raise InputError(f"{options.method} searches by no given rewards: use saffron")
         if options.method == "rejection":  # one after the other
             options = dataclasses.replace(options, width=1)
-        o = self.options = options
+        self.options: TokenOptions = options
+        o = options
         behind = o.look_ahead * (o.method == "deal") + o.suffix
         longest = prompt_tokens + o.max_tokens + behind
         most = min(config.max_positions for config in models.configs.values())
@@ -90,14 +93,16 @@ class TokenSearch:
                 f"prompt, answer and what is behind it have up to {longest} tokens, the models "
                 f"were made for {most}: make prompts or answers shorter"
             )
-        self.models, self.given, self.size = models, given, (b, prompt_tokens)
+        self.models: Models = models
+        self.given: Given | None = given
+        self.size: tuple[int, int] = (b, prompt_tokens)
         self.pages_per_row: int = -(-longest // o.page_size)
         rows = b * o.width * (2 + 2 * o.children * o.by_prm) + 2 * b
         pages = num_pages or rows * self.pages_per_row
-        self.programs = Programs(models, options, b, given is not None)
-        self.pools = self.programs.pools(pages, self.pages_per_row)
-        self.params = {name: models.params()[name] for name in self.pools}
-        self.trie = PrefixTrie(PageLedger(pages), o.page_size)
+        self.programs: Programs = Programs(models, options, b, given is not None)
+        self.pools: dict[str, KVPool] = self.programs.pools(pages, self.pages_per_row)
+        self.params: dict[str, Any] = {name: models.params()[name] for name in self.pools}
+        self.trie: PrefixTrie = PrefixTrie(PageLedger(pages), o.page_size)
         self.ledger = Ledger()
         self._judged: list[Branch] = []
 
