@@ -103,7 +103,7 @@ class TokenSearch:
         self.pools: dict[str, KVPool] = self.programs.pools(pages, self.pages_per_row)
         self.params: dict[str, Any] = {name: models.params()[name] for name in self.pools}
         self.trie: PrefixTrie = PrefixTrie(PageLedger(pages), o.page_size)
-        self.ledger = Ledger()
+        self.ledger: Ledger = Ledger()
         self._judged: list[Branch] = []
 
     def search(
