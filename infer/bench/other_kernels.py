@@ -3,17 +3,22 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from kvjax.cache import KVPool
+from kvjax.infer.bench.generate import SHAPES
 from kvjax.infer.bench.kernels import Timing, random_pool, seconds_a_call, seconds_a_layer
+from kvjax.models import Decoder, DecoderConfig
+from kvjax.models.decoder import LayerParams, join_products, split_layers
 from kvjax.pallas_kernels.prefill_attention import prefill_attention
 from kvjax.pallas_kernels.window_scores import window_scores
 
-__all__ = ["DenseCase", "ScoresCase", "other_cases"]
+__all__ = ["DenseCase", "LayersCase", "ScoresCase", "other_cases"]
 
 Array = jax.Array
 
@@ -123,7 +128,46 @@ class DenseCase:
         yield Timing.of(self.name, "default", seconds, moved, flops)
 
 
-def other_cases() -> tuple[ScoresCase | DenseCase, ...]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayersCase:
+    """A decoder's layers for few rows, without attention: norms, products and what joins them.
+
+    Attributes:
+        name: what the case is called.
+        rows: T.
+        model: whose layers; bfloat16.
+    """
+
+    name: str
+    rows: int
+    model: DecoderConfig
+
+    def timings(self, implementation: str | None, peers: bool) -> Iterator[Timing]:
+        """By XLA's products, and by `few_rows`, which streams weights on Hopper."""
+        tokens = jnp.arange(self.rows, dtype=jnp.int32)
+        for streams in (False, True) if peers else (False,):
+            graph, _ = nnx.split(nnx.eval_shape(lambda: Decoder(self.model, rngs=nnx.Rngs(0))))
+            made = jax.jit(lambda: nnx.state(Decoder(self.model, rngs=nnx.Rngs(0))))()
+            apart = split_layers(made, consume=True)
+            graph, params, layers = join_products(graph, *apart, streams=streams)
+
+            run = jax.jit(functools.partial(_run_layers, graph))
+            seconds = seconds_a_call(functools.partial(run, params, layers, tokens)) / len(layers)
+            moved = sum(leaf.nbytes for leaf in jax.tree.leaves(layers[0]))
+            name = "few_rows" if streams else "default"
+            yield Timing.of(self.name, name, seconds, moved, moved * self.rows)
+
+
+def _run_layers(graph: Any, params: Any, layers: LayerParams, tokens: Array) -> Array:
+    decoder = nnx.merge(graph, params)
+    return decoder(tokens, tokens, None, _no_attention, layers=layers)[0]
+
+
+def _no_attention(layer: Array, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
+    return q + (k + v).sum(1, keepdims=True), state  # all of the product is wanted
+
+
+def other_cases() -> tuple[ScoresCase | DenseCase | LayersCase, ...]:
     """The shapes that benchmarks.md reports."""
     return (
         ScoresCase(name="scores of 32 queries, 1 x 32768", rows=1, length=32768),
@@ -134,4 +178,6 @@ def other_cases() -> tuple[ScoresCase | DenseCase, ...]:
                   backwards=True),
         DenseCase(name="dense attention 64 x 1024, heads of 64, with gradients", rows=64,
                   length=1024, dim=64, backwards=True),
+        *(LayersCase(name=f"layers without attention, {rows} rows", rows=rows, model=SHAPES["1b"])
+          for rows in (16, 64, 128)),
     )  # fmt: skip

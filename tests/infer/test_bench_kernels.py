@@ -8,7 +8,8 @@ import pytest
 from kvjax.errors import InputError
 from kvjax.infer.bench import kernels, other_kernels
 from kvjax.infer.bench.kernels import Case, kernel_cases, work_of
-from kvjax.infer.bench.other_kernels import DenseCase, ScoresCase
+from kvjax.infer.bench.other_kernels import DenseCase, LayersCase, ScoresCase
+from kvjax.models import DecoderConfig
 
 SMALL = {"heads": 4, "kv_heads": 2, "dim": 8, "layers": 2}
 CASES = (
@@ -72,3 +73,20 @@ def test_other_kernels_and_their_floors(monkeypatch):
     assert dense.teraflops * 1e12 == pytest.approx(7 * 16 * 17 * 2 * 8)
     assert scores.floor == pytest.approx(2 * 64 * 2 * 8 * 2 / 4.23e6)
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in calls)
+
+
+def test_layers_by_both_products(monkeypatch):
+    """Counted by hand: bytes of a layer's weights; two operations for each of a row."""
+    calls = []
+    monkeypatch.setattr(other_kernels, "seconds_a_call", lambda call: calls.append(call()) or 2.0)
+    model = DecoderConfig(
+        vocab_size=8, num_layers=2, embed_dim=16, mlp_dim=24, num_heads=4, num_kv_heads=2,
+        head_dim=8, max_positions=8, dtype="bfloat16",
+    )  # fmt: skip
+    plain, streamed = LayersCase(name="layers", rows=3, model=model).timings(None, True)
+    weights = 16 * 64 + 32 * 16 + 3 * 16 * 24 + 2 * 16  # q, k, v; out; the MLP; two norms
+    assert plain.terabytes * 1e12 == pytest.approx(2 * weights)
+    assert plain.teraflops * 1e12 == pytest.approx(3 * 2 * weights)
+    assert (plain.implementation, streamed.implementation) == ("default", "few_rows")
+    # bfloat16 has 8 bits; the one product is summed before, the other after it is rounded.
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in calls), rtol=0.05, atol=0.05)
