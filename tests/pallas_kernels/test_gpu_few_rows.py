@@ -17,6 +17,11 @@ def random(seed, *shape, scale=1.0):
     return (scale * jax.random.normal(jax.random.key(seed), shape)).astype(jnp.bfloat16)
 
 
+def named(value):
+    """A function's address would differ between workers."""
+    return getattr(value, "__name__", str(value))
+
+
 @pytest.mark.parametrize("rows", [1, 16, 64, 65, 128])
 @pytest.mark.parametrize(
     ("function", "shape"),
@@ -31,7 +36,7 @@ def random(seed, *shape, scale=1.0):
         (gated_product, (576, 2, 1536)),
         (gated_product, (4096, 2, 14336)),
     ],
-    ids=str,
+    ids=named,
 )
 def test_against_float32(rows, function, shape):
     x, w = random(0, rows, shape[0]), random(1, *shape, scale=shape[0] ** -0.5)
@@ -44,7 +49,9 @@ def test_against_float32(rows, function, shape):
 
 
 @pytest.mark.parametrize(
-    ("function", "shape"), [(product, (2048, 3072)), (gated_product, (2048, 2, 8192))]
+    ("function", "shape"),
+    [(product, (2048, 3072)), (gated_product, (2048, 2, 8192))],
+    ids=named,
 )
 def test_rows_do_not_depend_on_how_many_there_are(function, shape):
     x, w = random(0, 128, shape[0]), random(1, *shape, scale=shape[0] ** -0.5)
