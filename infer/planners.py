@@ -3,14 +3,16 @@
 from typing import cast, get_args
 
 from kvjax.cache import PageLedger
-from kvjax.plan import FirstCome, Grid, SortedCome, TokenBatches
+from kvjax.plan import DualScan, FirstCome, Grid, PrefillFirst, SortedCome, TokenBatches
 from kvjax.plan.prefix_groups import Method
 
 __all__ = ["PLANNED", "POLICIES", "make_planner"]
 
 PLANNED: tuple[str, ...] = get_args(Method)
 """Policies that plan a batch as a whole."""
-POLICIES: tuple[str, ...] = (*PLANNED, "sorted-lru", "fcfs-lru", "none")
+POLICIES: tuple[str, ...] = (
+    *PLANNED, "sorted-lru", "fcfs-lru", "prefill-first", "dual-scan", "none",
+)  # fmt: skip
 """All policies."""
 
 
@@ -24,6 +26,7 @@ def make_planner(
         policy: "multi", "exact", "lifting", "naive": the batch is planned, with what is shared as
             `plan_prefixes` says. "fcfs-lru": first come, first served, beginnings are found in the
             cache while they are there. "sorted-lru": the same, with the batch sorted by its tokens.
+            "dual-scan": in BlendServe's order. "prefill-first": as SGLang, always optimistic.
             "none": first come, first served, nothing is shared.
         grid: the static sizes.
         ledger: the pages.
@@ -43,7 +46,9 @@ def make_planner(
         return TokenBatches(
             grid, ledger, method=method, by_ratio=by_ratio, optimistic=optimistic, grouped=grouped
         )  # fmt: skip
-    kind = SortedCome if policy == "sorted-lru" else FirstCome
+    if policy == "prefill-first":
+        return PrefillFirst(grid, ledger, grouped=grouped)
+    kind = {"sorted-lru": SortedCome, "dual-scan": DualScan}.get(policy, FirstCome)
     planner = kind(grid, ledger, optimistic=optimistic, grouped=grouped)
     planner.trie.share = policy != "none"
     return planner

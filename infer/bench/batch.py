@@ -24,7 +24,7 @@ from kvjax.infer.bench.workloads import Shape, micro
 from kvjax.infer.commands.shared import parse_arguments
 from kvjax.infer.compilations import CompilationCount
 from kvjax.infer.engine import Engine
-from kvjax.infer.planners import POLICIES, make_planner
+from kvjax.infer.planners import PLANNED, POLICIES, make_planner
 from kvjax.models import Decoder, DecoderConfig
 from kvjax.models.decoder import Rope
 from kvjax.plan import FirstCome, Grid, Planned, Request, Sampled
@@ -60,8 +60,8 @@ class BenchBatch:
     policies: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = (
         "exact", "sorted-lru", "fcfs-lru",
     )  # fmt: skip
-    """See `kvjax batch --plan`. sorted-lru and fcfs-lru begin requests before it is sure that
-    memory lasts, as servers do."""
+    """See `kvjax batch --plan`. Those of servers begin requests before it is sure that memory
+    lasts."""
     kv_tokens: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (110_000, 400_000)
     """Tokens that the cache may hold; every policy runs with each."""
     rows: int = 256
@@ -142,7 +142,7 @@ def run_policy(
     args: BenchBatch, engine: Engine, policy: str, kv_tokens: int, requests: Sequence[Request]
 ) -> tuple[dict[str, Any], Answers]:
     """Answers all requests; figures of the run, and the tokens of each."""
-    server = policy in ("sorted-lru", "fcfs-lru", "none")
+    server = policy not in PLANNED
     ledger = PageLedger(kv_tokens // args.page_size)
     planner = make_planner(policy, engine.grid, ledger, optimistic=server)
     start = time.perf_counter()

@@ -148,8 +148,9 @@ class BenchBatchSim:
     policies: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = (
         "none", "fcfs-lru", "sorted-lru", "exact",
     )  # fmt: skip
-    """none, fcfs-lru, sorted-lru, naive, lifting, exact, multi. The first three run at most
-    `--peer-rows` requests at a time, as servers do; the others as many as memory feeds."""
+    """none, fcfs-lru, sorted-lru, prefill-first, dual-scan, naive, lifting, exact, multi. The first
+    five run at most `--peer-rows` requests at a time, as servers do; the others as many as memory
+    feeds."""
     shape: Shape = _SHAPE
     """Of the requests."""
     scale: int = 1
@@ -161,7 +162,7 @@ class BenchBatchSim:
     page_size: int = 16
     """Tokens a page."""
     peer_rows: int = 256
-    """The most requests that run at a time under none, fcfs-lru and sorted-lru."""
+    """The most requests that run at a time under a server's policy."""
     rows: int | None = None
     """The same for the others; by default as many as a step has tokens."""
     by_ratio: bool = True
@@ -222,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _line(policy: str, counts: Counts) -> str:
     return (
-        f"{policy:<10} {counts.steps:>6} steps, {counts.saved:6.1%} of the prompts saved, "
+        f"{policy:<14} {counts.steps:>6} steps, {counts.saved:6.1%} of the prompts saved, "
         f"{counts.mean_tokens:6.0f} tokens a step, {counts.below_half:4.0%} below half, "
         f"{counts.peak_pages} pages, {counts.preemptions} preemptions, modelled "
         f"{counts.modelled_seconds:.0f} s ({counts.modelled_seconds_grouped:.0f} s grouped)"

@@ -45,8 +45,9 @@ class Batch(ModelOptions):
     """How requests are planned. multi: the whole batch, all levels of what prompts share. exact:
     one level. lifting, naive: simpler rules for one level. These read what requests share once for
     all of them; the last bits of a result then depend on the others. sorted-lru: sorted, with a
-    cache. fcfs-lru: in the file's order, with a cache. none: in the file's order, nothing is
-    shared. A body's "expected_tokens" helps to order a planned batch."""
+    cache. fcfs-lru: in the file's order, with a cache. prefill-first: as SGLang. dual-scan: as
+    BlendServe. none: in the file's order, nothing is shared. A body's "expected_tokens" helps to
+    order a planned batch."""
     prefix: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """A beginning that `LLM.save_prefix` saved: requests that share it do not compute it."""
     json: bool = False

@@ -83,22 +83,31 @@ class PrefixTrie:
         Returns:
             How many of `tokens` were found: whole pages, and only if the branch ends with one.
         """
-        size, found = self.page_size, 0
-        if not self.share or len(branch.pages) * size != len(branch) or branch._private:
+        if not self.share or len(branch.pages) * self.page_size != len(branch) or branch._private:
             return 0
-        node = branch._nodes[-1] if branch._nodes else self._root
-        pages: list[int] = []
-        while found + size <= len(tokens):
-            child = node.children.get(tuple(tokens[found : found + size]))
-            if child is None:
-                break
-            branch._nodes.append(child)
-            pages.append(child.page)
-            node, found = child, found + size
+        nodes = self._walk(branch._nodes[-1] if branch._nodes else self._root, tokens)
+        pages, found = [node.page for node in nodes], len(nodes) * self.page_size
         self.ledger.hold(pages)
+        branch._nodes.extend(nodes)
         branch.tokens.extend(tokens[:found])
         branch.pages.extend(pages)
         return found
+
+    def found(self, tokens: Sequence[int]) -> int:
+        """How many of the tokens of a new sequence `match` would find."""
+        return len(self._walk(self._root, tokens)) * self.page_size if self.share else 0
+
+    def _walk(self, node: _Node, tokens: Sequence[int]) -> list[_Node]:
+        """The indexed pages that go on from a node."""
+        size = self.page_size
+        nodes: list[_Node] = []
+        for start in range(0, len(tokens) - size + 1, size):
+            child = node.children.get(tuple(tokens[start : start + size]))
+            if child is None:
+                break
+            nodes.append(child)
+            node = child
+        return nodes
 
     def insert(self, tokens: Sequence[int]) -> Branch:
         """A new branch that holds `tokens`.

@@ -209,7 +209,7 @@ class FirstCome:
     def plan(self) -> Planned | None:
         """The next call, or None if nothing can be planned before another is accepted."""
         budget = self.grid.token_buckets[-1]
-        decoding = [row for row in self._rows if row.outstanding == 1 and row.draws_left]
+        decoding = self._decoding()
         if self.optimistic:  # otherwise their pages are promised
             decoding = [row for row in decoding if self._reserve(row, 1)]
         budget -= len(decoding)
@@ -235,6 +235,10 @@ class FirstCome:
         steps = 1 if runs else self._steps(singles)
         runs = [(row, self._single(row, steps)) for row in singles] + runs
         return self._pack(seats, runs, steps) if runs else None
+
+    def _decoding(self) -> list[_Row]:
+        """The rows that may draw their next token."""
+        return [row for row in self._rows if row.outstanding == 1 and row.draws_left]
 
     def accept(self, planned: Planned, drawn: np.ndarray) -> list[Sampled]:
         """Takes what a planned call drew.
@@ -357,16 +361,18 @@ class FirstCome:
         if row.request.score_from is not None and row.scored < len(row.request.prompt):
             end = min(end, row.scored - 1)
         self.trie.match(row.branch, row.tokens[:end])
-        size = self.grid.page_size
-        if self.optimistic:
-            # A page for every other row, so that it is not thrown out in the next step.
-            need = -(-len(row.tokens) // size) - len(row.branch.pages) + len(self._rows)
-        else:
-            need = row.future_pages(size) + self.promised_pages
-        if need > self.ledger.available:
+        if self._need(row) > self.ledger.available:
             self.trie.release(row.branch)
             return False
         return True
+
+    def _need(self, row: _Row) -> int:
+        """Pages that must be there for a request to begin, those found excepted."""
+        size = self.grid.page_size
+        if self.optimistic:
+            # A page for every other row, so that it is not thrown out in the next step.
+            return -(-len(row.tokens) // size) - len(row.branch.pages) + len(self._rows)
+        return row.future_pages(size) + self.promised_pages
 
     def _seat(self, row: _Row) -> Seat:
         row.length = len(row.branch)

@@ -35,6 +35,15 @@ def test_memory_and_not_a_number_of_rows_fills_steps(equal):
     assert filled.preemptions == capped.preemptions == 0
 
 
+def test_no_server_fills_its_steps(equal):
+    """With memory for all of them; what they save is the same."""
+    ours = run_policy(TENTH, "exact", equal)
+    for policy in ("fcfs-lru", "sorted-lru", "prefill-first", "dual-scan"):
+        theirs = run_policy(TENTH, policy, equal)
+        assert theirs.saved == ours.saved and theirs.steps >= 1.8 * ours.steps
+        assert theirs.preemptions == 0
+
+
 def test_long_answers_begin_first():
     requests = make_workload("w3", SHAPE)
     short_first = sorted(requests, key=lambda request: request.max_tokens)
