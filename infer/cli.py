@@ -32,6 +32,7 @@ _COMMANDS = {
     "bench kernels": ("kvjax.infer.bench.kernels", "the kernels beside their peers and the floor"),
     "bench private": ("kvjax.infer.bench.private", "bytes and rounds of a private step"),
     "bench saffron": ("kvjax.infer.bench.saffron", "attack success against compute"),
+    "bench scale": ("kvjax.infer.bench.scale", "what more devices are worth"),
     "bench search": ("kvjax.infer.bench.search", "tree searches beside each other"),
     "bench tree": ("kvjax.infer.bench.tree", "a search tree decoded as a tree and leaf by leaf"),
     "bench video": ("kvjax.infer.bench.video", "video chunks with and without the cache"),

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import tyro
 from flax import nnx
+from jax.sharding import Mesh
 
 from kvjax.cache import PageLedger
 from kvjax.errors import InputError
@@ -28,6 +29,7 @@ from kvjax.infer.planners import PLANNED, POLICIES, make_planner
 from kvjax.models import Decoder, DecoderConfig
 from kvjax.models.decoder import Rope
 from kvjax.plan import FirstCome, Grid, Planned, Request, Sampled
+from kvjax.sharding import param_shardings
 
 __all__ = ["MODELS", "BenchBatch", "main", "random_engine"]
 
@@ -131,11 +133,14 @@ def build(args: BenchBatch) -> Engine:
     return random_engine(config, grid, max(args.kv_tokens) // args.page_size)
 
 
-def random_engine(config: DecoderConfig, grid: Grid, num_pages: int) -> Engine:
-    """An engine with random weights, made on the device."""
-    graph, _ = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
-    params = jax.jit(lambda: nnx.state(Decoder(config, rngs=nnx.Rngs(0))))()
-    return Engine(graph, params, config, grid, num_pages, consume=True)
+def random_engine(
+    config: DecoderConfig, grid: Grid, num_pages: int, mesh: Mesh | None = None
+) -> Engine:
+    """An engine with random weights, made on the devices that it is for."""
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    places = None if mesh is None else param_shardings(shapes, mesh)
+    make = jax.jit(lambda: nnx.state(Decoder(config, rngs=nnx.Rngs(0))), out_shardings=places)
+    return Engine(graph, make(), config, grid, num_pages, mesh=mesh, consume=True)
 
 
 def run_policy(
