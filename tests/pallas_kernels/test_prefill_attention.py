@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
-from kvjax.pallas_kernels.prefill_attention import gpu, prefill_attention
+from kvjax.pallas_kernels.prefill_attention import prefill_attention
 from kvjax.pallas_kernels.prefill_attention.gpu import prefill_attention_cudnn
 from kvjax.pallas_kernels.prefill_attention.tpu import prefill_attention_splash
 
@@ -39,14 +40,18 @@ def plain(q, k, v, window, scale):
 
 def xla_for_cudnn(monkeypatch):
     def instead(q, k, v, *, scale, return_residual, mask_type, sliding_window_length):
-        assert mask_type is gpu.MaskType.CAUSAL and return_residual and q.shape[1] % 128 == 0
+        assert (
+            mask_type is fused_attention_stablehlo.MaskType.CAUSAL
+            and return_residual
+            and q.shape[1] % 128 == 0
+        )
         window = (sliding_window_length - 1, 0) if sliding_window_length else None
         out, lse = jax.nn.dot_product_attention(
             q, k, v, scale=scale, is_causal=True, local_window_size=window, return_residual=True
         )
         return out, jnp.swapaxes(lse, 1, 2)
 
-    monkeypatch.setattr(gpu, "dot_product_attention", instead)
+    monkeypatch.setattr(fused_attention_stablehlo, "dot_product_attention", instead)
 
 
 def ways(name, monkeypatch):
