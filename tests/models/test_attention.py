@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from kvjax.models import causal_attend
 
@@ -64,20 +65,21 @@ def test_what_cudnn_takes_is_offered_to_it(monkeypatch, windows, options, expect
         asked.add(implementation)
         return original(*args, implementation="xla", **rest)
 
+    def cudnn(q, *args, **rest):
+        asked.add("cudnn")
+        return q, jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
+
     monkeypatch.setattr(jax.nn, "dot_product_attention", record)
+    monkeypatch.setattr(fused_attention_stablehlo, "dot_product_attention", cudnn)
     jax.jit(lambda *qkv: attend(windows, *qkv))(*inputs(**options))
     assert asked == expected
 
 
 def test_without_cuda_the_plain_one_runs(monkeypatch):
-    original = jax.nn.dot_product_attention
+    def refuse(*args, **rest):
+        raise RuntimeError("cuDNN is not detected.")
 
-    def refuse(*args, implementation, **rest):
-        if implementation == "cudnn":
-            raise RuntimeError("cuDNN is not detected.")
-        return original(*args, implementation=implementation, **rest)
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", refuse)
+    monkeypatch.setattr(fused_attention_stablehlo, "dot_product_attention", refuse)
     qkv = inputs(dtype=jnp.bfloat16)
     np.testing.assert_allclose(
         jax.jit(lambda *qkv: attend(None, *qkv))(*qkv).astype(jnp.float32),
