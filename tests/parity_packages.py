@@ -19,4 +19,5 @@ def required(name: str) -> ModuleType:
     except ImportError as error:
         if os.environ.get("KVJAX_REQUIRE_PARITY") == "1":
             pytest.fail(f"KVJAX_REQUIRE_PARITY=1, but {name} cannot be imported: {error}")
-        pytest.skip(f"{name} is not installed (pip install kvjax[parity])")
+        message = f"{name} is not installed (pip install kvjax[parity])"
+        pytest.skip(message, allow_module_level=True)
