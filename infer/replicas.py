@@ -56,9 +56,7 @@ def deal(requests: Sequence[Request], page_size: int, replicas: int) -> list[lis
     if replicas == 1:
         return [list(range(len(requests)))]
     plan = plan_prefixes([request.prompt[:-1] for request in requests], page_size)
-    work = [
-        Work(len(r.prompt), min(r.max_tokens, r.expected_tokens or r.max_tokens)) for r in requests
-    ]
+    work = [Work(len(request.prompt), request.expected) for request in requests]
     return [list(hand) for hand in deal_groups(plan, work, replicas)]
 
 

@@ -31,7 +31,7 @@ from kvjax.models.decoder import Rope
 from kvjax.plan import FirstCome, Grid, Planned, Request, Sampled
 from kvjax.sharding import param_shardings
 
-__all__ = ["MODELS", "BenchBatch", "main", "random_engine"]
+__all__ = ["MODELS", "BenchBatch", "main", "random_engine", "random_model"]
 
 MODELS = {
     "tiny": DecoderConfig(
@@ -136,11 +136,18 @@ def build(args: BenchBatch) -> Engine:
 def random_engine(
     config: DecoderConfig, grid: Grid, num_pages: int, mesh: Mesh | None = None
 ) -> Engine:
-    """An engine with random weights, made on the devices that it is for."""
+    """An engine with random weights."""
+    return Engine(*random_model(config, mesh), config, grid, num_pages, mesh=mesh, consume=True)
+
+
+def random_model(
+    config: DecoderConfig, mesh: Mesh | None = None
+) -> tuple[nnx.GraphDef[Any], nnx.State[Any, Any]]:
+    """`nnx.split` of a decoder with random weights, made on the devices that it is for."""
     graph, shapes = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
     places = None if mesh is None else param_shardings(shapes, mesh)
     make = jax.jit(lambda: nnx.state(Decoder(config, rngs=nnx.Rngs(0))), out_shardings=places)
-    return Engine(graph, make(), config, grid, num_pages, mesh=mesh, consume=True)
+    return graph, make()
 
 
 def run_policy(

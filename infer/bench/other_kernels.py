@@ -11,9 +11,10 @@ import numpy as np
 from flax import nnx
 
 from kvjax.cache import KVPool
+from kvjax.infer.bench.batch import random_model
 from kvjax.infer.bench.generate import SHAPES
 from kvjax.infer.bench.kernels import Timing, random_pool, seconds_a_call, seconds_a_layer
-from kvjax.models import Decoder, DecoderConfig
+from kvjax.models import DecoderConfig
 from kvjax.models.decoder import LayerParams, join_products, split_layers
 from kvjax.pallas_kernels.prefill_attention import prefill_attention
 from kvjax.pallas_kernels.window_scores import window_scores
@@ -146,8 +147,7 @@ class LayersCase:
         """By XLA's products, and by `few_rows`, which streams weights on Hopper."""
         tokens = jnp.arange(self.rows, dtype=jnp.int32)
         for streams in (False, True) if peers else (False,):
-            graph, _ = nnx.split(nnx.eval_shape(lambda: Decoder(self.model, rngs=nnx.Rngs(0))))
-            made = jax.jit(lambda: nnx.state(Decoder(self.model, rngs=nnx.Rngs(0))))()
+            graph, made = random_model(self.model)
             apart = split_layers(made, consume=True)
             graph, params, layers = join_products(graph, *apart, streams=streams)
 

@@ -58,6 +58,13 @@ class Request:
     greedy: bool = True
     sampling: Any = None
 
+    @property
+    def expected(self) -> int:
+        """Tokens that it is expected to draw; where nothing is known, the most."""
+        if self.expected_tokens is None:
+            return self.max_tokens
+        return min(self.max_tokens, self.expected_tokens)
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:

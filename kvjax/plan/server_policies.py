@@ -71,8 +71,13 @@ class DualScan(_Ordered):
 
     def _pieces(self, rows: list[_Row]) -> Iterator[tuple[_Row, Work]]:
         """Requests, those that draw most for what they compute first, with what each adds."""
-        plan = plan_prefixes([row.request.prompt[:-1] for row in rows], self.grid.page_size)
-        whole = [Work(len(row.request.prompt), self._expected(row)) for row in rows]
+        requests = [row.request for row in rows]
+        plan = plan_prefixes([request.prompt[:-1] for request in requests], self.grid.page_size)
+        most = [row.limit - len(row.request.prompt) for row in rows]
+        whole = [
+            Work(len(request.prompt), min(n, request.expected))
+            for n, request in zip(most, requests, strict=True)
+        ]
         _, own = group_work(plan, whole)
         shared = 0
         for is_group, i in order_turns(plan, whole):
@@ -83,11 +88,6 @@ class DualScan(_Ordered):
             else:
                 yield rows[i], Work(own[i].computes + shared, own[i].draws)
                 shared = 0
-
-    def _expected(self, row: _Row) -> int:
-        most = row.limit - len(row.request.prompt)
-        expected = row.request.expected_tokens
-        return most if expected is None else min(most, expected)
 
 
 class PrefillFirst(FirstCome):

@@ -158,11 +158,9 @@ class TokenBatches(FirstCome):
     def _expected(self, row: _Row) -> int:
         """Tokens that a request is expected to draw. Only the order depends on it."""
         most = row.limit - len(row.request.prompt)
-        if row.request.expected_tokens is not None:
-            return min(most, row.request.expected_tokens)
-        if row.request.stop_ids and self._stopped:
+        if row.request.expected_tokens is None and row.request.stop_ids and self._stopped:
             return min(most, round(self._stopped_tokens / self._stopped))
-        return most
+        return min(most, row.request.expected)
 
     def _admit(self, row: _Row) -> bool:
         """Finds the pages that hold a row's beginning, if its other pages can be had."""
